@@ -1,0 +1,149 @@
+// CPU side of the rollout family: slots, workspace layout and the choice of the vector body. The arithmetic is in
+// rollout.inc, compiled once per instruction set.
+#include "../rollout.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace xai {
+namespace {
+
+constexpr int64_t kSlotsWanted = 64;       // work pieces per call, over the whole batch: plenty for load balance
+constexpr int64_t kSlotsMost = 32;         // per sample: bounds the partial results
+constexpr int64_t kPackBytes = 16 << 20;   // packed keys of one group
+
+int64_t slots_for(int64_t batch, int64_t pieces) {
+  const int64_t wanted = (kSlotsWanted + batch - 1) / std::max<int64_t>(batch, 1);
+  return std::max<int64_t>(1, std::min({wanted, kSlotsMost, pieces}));
+}
+
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+int64_t accumulate_bytes(Dtype d) { return d == Dtype::f64 ? 8 : 4; }
+
+// Rows of the score block and columns of a packed key panel: multiples of every body's register tile.
+constexpr int64_t kQueryBlock = 24;
+constexpr int64_t kPanelBytes = 128;
+
+// Where things lie in the workspace of a streamed step. `Unit` is a key head of one sample.
+struct StreamLayout {
+  int64_t panel_columns, panels, unit_elements, units_per_group, groups, slots;
+  int64_t active_at, count_at, partial_at, packed_at, bytes;  // offsets in bytes
+
+  explicit StreamLayout(const StreamedRowStep& p) {
+    const int64_t size = accumulate_bytes(p.dtype);
+    const int64_t units = p.batch * p.kv_heads;
+    panel_columns = kPanelBytes / size;
+    panels = (p.tokens + panel_columns - 1) / panel_columns;
+    unit_elements = panels * panel_columns * p.dim;
+    units_per_group = std::max<int64_t>(1, kPackBytes / std::max<int64_t>(1, unit_elements * size));
+    // max and min fuse the heads inside a tile, so a group holds whole samples.
+    if (p.fusion == Fusion::max || p.fusion == Fusion::min) units_per_group = round_up(units_per_group, p.kv_heads);
+    units_per_group = std::min(units_per_group, std::max<int64_t>(units, 1));
+    groups = (units + units_per_group - 1) / units_per_group;
+    slots = slots_for(p.batch, p.heads * ((p.tokens + kQueryBlock - 1) / kQueryBlock));
+    active_at = 0;
+    count_at = round_up(active_at + p.batch * p.tokens * int64_t{8}, 64);
+    partial_at = round_up(count_at + p.batch * int64_t{8}, 64);
+    packed_at = round_up(partial_at + p.batch * slots * p.n_rows * p.tokens * size, 64);
+    bytes = packed_at + units_per_group * unit_elements * size;
+  }
+
+  template <class T>
+  T* at(const StreamedRowStep& p, int64_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(p.workspace) + offset);
+  }
+  int64_t* active(const StreamedRowStep& p, int64_t b) const { return at<int64_t>(p, active_at) + b * p.tokens; }
+  int64_t* count(const StreamedRowStep& p) const { return at<int64_t>(p, count_at); }
+};
+
+constexpr double kLog2e = 1.4426950408889634;
+
+#define XAI_VECTOR_BYTES 16
+namespace base {
+#include "vec.inc"
+#include "rollout.inc"
+}  // namespace base
+#undef XAI_VECTOR_BYTES
+
+#ifdef XAI_X86_BODIES
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define XAI_VECTOR_BYTES 32
+namespace avx2 {
+#include "vec.inc"
+#include "rollout.inc"
+}  // namespace avx2
+#undef XAI_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define XAI_VECTOR_BYTES 64
+namespace avx512 {
+#include "vec.inc"
+#include "rollout.inc"
+}  // namespace avx512
+#undef XAI_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+struct Bodies {
+  void (*row_step)(const RowStep&, int64_t, int64_t);
+  void (*add_slots)(const RowStep&, int64_t, int64_t);
+  void (*fuse_heads)(const FuseHeads&, int64_t, int64_t);
+  void (*prepare)(const StreamedRowStep&);
+  void (*pack)(const StreamedRowStep&, int64_t, int64_t, int64_t);
+  void (*step)(const StreamedRowStep&, int64_t, int64_t, int64_t);
+  void (*reduce)(const StreamedRowStep&, int64_t, int64_t);
+};
+
+#define XAI_BODIES(ISA) \
+  { ISA::row_step, ISA::add_slots, ISA::fuse_heads, ISA::streamed_prepare, ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce }
+
+const Bodies& bodies() {
+  static const Bodies chosen = [] {
+#ifdef XAI_X86_BODIES
+    if (cpu_capability() == Capability::avx512) return Bodies XAI_BODIES(avx512);
+    if (cpu_capability() == Capability::avx2) return Bodies XAI_BODIES(avx2);
+#endif
+    return Bodies XAI_BODIES(base);
+  }();
+  return chosen;
+}
+
+}  // namespace
+
+int64_t row_step_slots_cpu(int64_t batch, int64_t tokens) { return slots_for(batch, (tokens + 7) / 8); }
+
+void row_step_cpu(const RowStep& p, int64_t begin, int64_t end) { bodies().row_step(p, begin, end); }
+
+void add_slots_cpu(const RowStep& p, int64_t begin, int64_t end) { bodies().add_slots(p, begin, end); }
+
+void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end) { bodies().fuse_heads(p, begin, end); }
+
+StreamPlan streamed_plan_cpu(const StreamedRowStep& p) {
+  const StreamLayout layout(p);
+  return {layout.groups, layout.units_per_group * layout.panels, p.batch * layout.slots, p.batch * p.n_rows,
+          layout.bytes};
+}
+
+void streamed_prepare_cpu(const StreamedRowStep& p) { bodies().prepare(p); }
+
+void streamed_pack_cpu(const StreamedRowStep& p, int64_t group, int64_t begin, int64_t end) {
+  bodies().pack(p, group, begin, end);
+}
+
+void streamed_step_cpu(const StreamedRowStep& p, int64_t group, int64_t begin, int64_t end) {
+  bodies().step(p, group, begin, end);
+}
+
+void streamed_reduce_cpu(const StreamedRowStep& p, int64_t begin, int64_t end) { bodies().reduce(p, begin, end); }
+
+}  // namespace xai

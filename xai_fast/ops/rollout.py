@@ -1,0 +1,305 @@
+"""Attention rollout, one step at a time: the row step, the fused matrix, and the row step streamed from q and k.
+
+    Abar = norm(w I + fuse_h A_h)      A (B,H,N,N), query i, key j; w = residual; norm divides each row by its sum
+
+Rollout (Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", eq. 1 and section 3) multiplies later layers
+on the left, Abar^L ... Abar^1; a row of that product needs only ``r <- r Abar^l`` for l = L..1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ..reference import rollout as reference
+from . import _checks as check
+from ._library import Op
+
+# From this many rows on, the fused matrix and one GEMM beat a pass over the attention for every group of rows.
+MANY_ROWS = 24
+
+_C = _backend.C
+
+
+def _rollout_rows_kernel(attention: Tensor, rows: Tensor, head_fusion: str, residual: float, normalize: bool) -> Tensor:
+    if rows.shape[1] >= MANY_ROWS:
+        fused = fuse_heads(attention, head_fusion=head_fusion, residual=residual, normalize=normalize)
+        wide = reference.accumulate_dtype(attention.dtype)
+        return torch.bmm(rows.to(wide), fused.to(wide)).to(rows.dtype)
+    return _C.rollout_rows(attention, rows, head_fusion, residual, normalize)
+
+
+_rollout_rows = Op(
+    "rollout_rows(Tensor attention, Tensor rows, str head_fusion, float residual, bool normalize) -> Tensor",
+    reference.rollout_rows,
+    _C and _rollout_rows_kernel,
+    lambda attention, rows, head_fusion, residual, normalize: rows.new_empty(rows.shape),
+)
+
+_fuse_heads = Op(
+    "fuse_heads(Tensor attention, str head_fusion, float residual, bool normalize) -> Tensor",
+    reference.fuse_heads,
+    _C and _C.fuse_heads,
+    lambda attention, head_fusion, residual, normalize: attention.new_empty(
+        (attention.shape[0], attention.shape[2], attention.shape[3])
+    ),
+)
+
+
+_rollout_rows_qk = Op(
+    "rollout_rows_qk(Tensor query, Tensor key, Tensor rows, Tensor? attn_mask, Tensor? lse, float? scale, bool is_causal, "
+    "str head_fusion, float residual, bool normalize) -> Tensor",
+    reference.rollout_rows_qk,
+    _C and _C.rollout_rows_qk,
+    lambda query, key, rows, *options: rows.new_empty(rows.shape),
+)
+
+
+def rollout_rows(
+    attention: Tensor, rows: Tensor, *, head_fusion: str = "mean", residual: float = 1.0, normalize: bool = True
+) -> Tensor:
+    """One rollout step with the attention given: ``rows @ Abar``, in one read of the attention.
+
+    .. math:: r'_j = \\sum_i r_i \\, \\bar A_{ij}, \\qquad \\bar A = \\mathrm{norm}(w I + \\mathrm{fuse}_h A_h)
+
+    Parameters
+    ----------
+    attention : Tensor, shape (B, H, N, N)
+        Attention of one layer, ``attention[b, h, i, j]`` from query i to key j. Any strides. Rows need not sum to 1.
+    rows : Tensor, shape (B, R, N)
+        Rows of the product so far. dtype of ``attention``, or float32 for 16-bit attention.
+    head_fusion : {"mean", "sum", "max", "min"}
+    residual : float
+        Weight w of the identity, at least 0.
+    normalize : bool
+        Divide each row of ``w I + fuse_h A`` by its sum. A row whose sum is 0 becomes 0.
+
+    Returns
+    -------
+    Tensor, shape (B, R, N)
+        In the dtype of ``rows``. Sums are taken in float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not tensors, unsupported or mixed dtypes, wrong shapes, mixed devices, an unknown fusion, a negative residual.
+
+    Notes
+    -----
+    Source: Abnar & Zuidema (2020), section 3. Differentiable; the backward pass runs the PyTorch reference.
+
+    Examples
+    --------
+    >>> import torch, xai_fast as xf
+    >>> attention = torch.tensor([[[[0.5, 0.5], [0.0, 1.0]]]])
+    >>> xf.ops.rollout_rows(attention, torch.tensor([[[1.0, 0.0]]]))
+    tensor([[[0.7500, 0.2500]]])
+    """
+    check.check_attention(attention)
+    shape = attention.shape
+    check.check_rows(rows, shape[0], shape[2], attention)
+    check.check_head_fusion(head_fusion)
+    residual = check.check_residual(residual)
+    return _rollout_rows(attention, rows, head_fusion, residual, bool(normalize))
+
+
+def fuse_heads(attention: Tensor, *, head_fusion: str = "mean", residual: float = 1.0, normalize: bool = True) -> Tensor:
+    """The matrix of one layer, ``Abar = norm(w I + fuse_h A_h)``: one read of the attention, one N x N write.
+
+    Parameters
+    ----------
+    attention : Tensor, shape (B, H, N, N)
+    head_fusion, residual, normalize
+        As in :func:`rollout_rows`.
+
+    Returns
+    -------
+    Tensor, shape (B, N, N)
+        In the dtype of ``attention``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`rollout_rows`.
+
+    Notes
+    -----
+    Source: Abnar & Zuidema (2020), section 3. Differentiable; the backward pass runs the PyTorch reference.
+
+    Examples
+    --------
+    >>> import torch, xai_fast as xf
+    >>> xf.ops.fuse_heads(torch.tensor([[[[0.5, 0.5], [0.0, 1.0]]]]))
+    tensor([[[0.7500, 0.2500],
+             [0.0000, 1.0000]]])
+    """
+    check.check_attention(attention)
+    check.check_head_fusion(head_fusion)
+    residual = check.check_residual(residual)
+    return _fuse_heads(attention, head_fusion, residual, bool(normalize))
+
+
+def _check_query_key(query: Any, key: Any) -> None:
+    check.check_float_tensor(query, "query")
+    check.check_float_tensor(key, "key")
+    shape, key_shape = query.shape, key.shape
+    if len(shape) != 4 or 0 in shape[1:]:
+        raise ValueError(f"query: expected shape (B, H, N, D) with H, N, D of at least 1, got {tuple(shape)}")
+    batch, heads, _, dim = shape
+    if len(key_shape) != 4 or key_shape[0] != batch or key_shape[3] != dim or not key_shape[1] or heads % key_shape[1]:
+        wanted = f"({batch}, Hkv, N, {dim}) with Hkv a divisor of {heads}"
+        raise ValueError(f"key: expected shape {wanted}, got {tuple(key_shape)}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: expected dtype {query.dtype}, as query, got {key.dtype}")
+    check.check_same_device(key, "key", query.device)
+
+
+def _check_mask(mask: Any, query: Tensor, keys: int) -> Tensor:
+    """The mask with four dimensions, still broadcastable to (B, H, Nq, Nk)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        check.check_float_tensor(mask, "attn_mask (not boolean)")
+    check.check_same_device(mask, "attn_mask", query.device)
+    batch, heads, queries, _ = query.shape
+    wanted = (batch, heads, queries, keys)
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) != 4 or any(m not in (1, w) for m, w in zip(shape, wanted, strict=True)):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {wanted}, got {check.shape_of(mask)}")
+    return mask.reshape(shape) if mask.dim() != 4 else mask
+
+
+def _check_scale(scale: Any) -> float | None:
+    return None if scale is None else check.check_number(scale, "scale")
+
+
+def _check_lse(lse: Any, query: Tensor) -> None:
+    check.check_float_tensor(lse, "lse")
+    if lse.shape != query.shape[:3]:
+        raise ValueError(f"lse: expected shape (B, H, N) = {check.shape_of(query)[:3]}, got {check.shape_of(lse)}")
+    check.check_same_device(lse, "lse", query.device)
+
+
+def rollout_rows_qk(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    residual: float = 1.0,
+    normalize: bool = True,
+    head_fusion: str = "mean",
+) -> Tensor:
+    """One rollout step streamed from query and key, with no attention matrix anywhere.
+
+    .. math:: P_{hij} = \\exp(s\\, q_{hi} \\cdot k_{hj} + m_{ij} - \\mathrm{LSE}_{hi}), \\qquad
+              r'_j = \\sum_i r_i \\, \\mathrm{norm}(w I + \\mathrm{fuse}_h P_h)_{ij}
+
+    Queries with ``rows[:, :, i] = 0`` cost nothing, so the step of the last layer, whose rows are unit vectors, is O(N D H).
+
+    Parameters
+    ----------
+    query : Tensor, shape (B, H, N, D)
+    key : Tensor, shape (B, Hkv, N, D)
+        Hkv divides H: query head h reads key head ``h // (H // Hkv)`` (grouped-query attention).
+    rows : Tensor, shape (B, R, N)
+        dtype of ``query``, or float32 for 16-bit queries.
+    scale : float, optional
+        s, by default ``1 / sqrt(D)``.
+    is_causal : bool
+        Keep keys ``j <= i``. May be combined with ``attn_mask``.
+    attn_mask : Tensor, optional, broadcastable to (B, H, N, N)
+        Boolean: True keeps the pair. Floating: added to the scaled score; -inf, or the lowest finite float that models write
+        for it (anything up to -1.7e38), removes the pair. A query whose keys are all removed attends nothing: its row of
+        P is 0.
+    lse : Tensor, shape (B, H, N), optional
+        Log-sum-exp of the masked, scaled scores, if it is known (fused attention returns it). On CUDA it saves a pass.
+    residual, normalize, head_fusion
+        As in :func:`rollout_rows`. Rows of P are taken to sum to 1 when ``lse`` is given.
+
+    Returns
+    -------
+    Tensor, shape (B, R, N)
+        In the dtype of ``rows``. Extra memory is O(N), see ``csrc/rollout.h``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not tensors, unsupported or mixed dtypes, wrong shapes, mixed devices, query and key of different lengths, an
+        unknown fusion, a negative residual.
+
+    Notes
+    -----
+    Source: Abnar & Zuidema (2020), section 3, with the softmax recomputed tile by tile as in FlashAttention (Dao et al.
+    2022, algorithm 1). Differentiable; the backward pass runs the PyTorch reference, which does build the matrices.
+
+    Examples
+    --------
+    >>> import torch, xai_fast as xf
+    >>> query = key = torch.zeros(1, 2, 4, 8)
+    >>> xf.ops.rollout_rows_qk(query, key, torch.eye(4)[None, :1])
+    tensor([[[0.6250, 0.1250, 0.1250, 0.1250]]])
+    """
+    _check_query_key(query, key)
+    batch, _, tokens, _ = query.shape
+    if key.shape[2] != tokens:
+        raise ValueError(
+            f"key: rollout needs as many keys as queries ({tokens}), got {key.shape[2]} (a cache, or cross-attention?)"
+        )
+    check.check_rows(rows, batch, tokens, query)
+    check.check_head_fusion(head_fusion)
+    residual = check.check_residual(residual)
+    scale = _check_scale(scale)
+    if attn_mask is not None:
+        attn_mask = _check_mask(attn_mask, query, tokens)
+    if lse is not None:
+        _check_lse(lse, query)
+    options = (attn_mask, lse, scale, bool(is_causal), head_fusion, residual, bool(normalize))
+    return _rollout_rows_qk(query, key, rows, *options)
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """The attention matrices themselves, softmax(s q k^T + mask), for inspection: plain PyTorch, O(N^2) memory.
+
+    Parameters
+    ----------
+    query : Tensor, shape (B, H, Nq, D)
+    key : Tensor, shape (B, Hkv, Nk, D)
+    scale, is_causal, attn_mask
+        As in :func:`rollout_rows_qk`; the mask broadcasts to (B, H, Nq, Nk).
+
+    Returns
+    -------
+    Tensor, shape (B, H, Nq, Nk)
+        In the dtype of ``query``; fully masked rows are 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`rollout_rows_qk`.
+
+    Examples
+    --------
+    >>> import torch, xai_fast as xf
+    >>> xf.ops.attention_probabilities(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), is_causal=True)
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+    """
+    _check_query_key(query, key)
+    if attn_mask is not None:
+        attn_mask = _check_mask(attn_mask, query, key.shape[2])
+    out = reference.attention_probabilities(query, key, attn_mask, None, _check_scale(scale), bool(is_causal))
+    return out.to(query.dtype)
