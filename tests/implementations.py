@@ -1,0 +1,53 @@
+"""The compiled kernels behind one signature: on the CPU, emulated CUDA on the CPU, and CUDA where a GPU is present."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.emulator.build import cuda_include, sanitized
+from tests.emulator.extension import emulated_module
+from xai_fast import _backend
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Calls a function of the compiled module on tensors of one device."""
+
+    name: str
+    device: str
+    load: Callable[[], ModuleType]
+    emulated: bool = False
+
+    def __call__(self, function: str, *args: Any) -> Tensor:
+        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
+        return getattr(self.load(), function)(*moved).cpu()
+
+
+def _emulated(cuda: bool) -> ModuleType:
+    module = emulated_module()
+    module.emulate_cuda(cuda)
+    return module
+
+
+@functools.cache
+def available() -> list[Implementation]:
+    """The CPU kernels first. Under sanitizers they are those of the module that is built with them."""
+    if _backend.C is None:
+        raise RuntimeError(f"the tests need the compiled module: {_backend.REASON}")
+    cpu = Implementation("cpu", "cpu", (lambda: _emulated(False)) if sanitized() else (lambda: _backend.C))
+    found = [cpu]
+    if cuda_include() is not None:
+        found.append(Implementation("emulated-cuda", "cpu", lambda: _emulated(True), emulated=True))
+    elif os.environ.get("XAI_FAST_CUDA") == "1":
+        raise RuntimeError("XAI_FAST_CUDA=1 but the CUDA headers that the emulator needs were not found; set CUDA_HOME")
+    if torch.cuda.is_available() and _backend.HAS_CUDA_KERNELS:
+        found.append(Implementation("cuda", "cuda", lambda: _backend.C))
+    return found
