@@ -1,0 +1,124 @@
+"""The rollout demo: explain a few pictures, measure what it costs, and write one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from xai_fast._optional import optional_import
+
+from .costs import Costs, cost_alone, cost_whole
+from .dinov2 import WeightsUnavailable
+from .maps import Explained, explain
+from .measure import Measured
+from .page import build_page, save_picture, show_size, show_time
+from .photos import DEFAULT, PHOTOS
+from .setups import Setup, digits_setup, dinov2_setup
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo with command line arguments and return the exit status.
+
+    Examples
+    --------
+    >>> main(["--smallest", "--out", "page.html"])  # doctest: +SKIP
+    0
+    """
+    options = _parse(argv)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        setup = _prepare(options, device)
+        explained, alone, whole = _work(setup, device, options.repeats)
+        page = build_page(setup, explained, alone, whole, device).write(options.out)
+        if options.picture:
+            save_picture(explained, options.picture)
+        _print_summary(explained, alone, whole)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, ValueError, WeightsUnavailable) as error:
+        print(f"xai_fast demo: {error}", file=sys.stderr)
+        return 1
+    print(f"\nOpen {page}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m xai_fast demo",
+        description="Attention rollout of real photos by a DINOv2 vision transformer, as one HTML page.",
+    )
+    add = parser.add_argument
+    add("--out", default="demo_output/index.html", help="the page (default: %(default)s)")
+    add("--picture", help="also save the main maps as one picture, for example rollout.png")
+    add(
+        "--model",
+        choices=("auto", "dinov2", "digits"),
+        default="auto",
+        help="auto: dinov2, or digits if its weights cannot be had",
+    )
+    add("--photos", nargs="+", choices=tuple(PHOTOS), default=list(DEFAULT), help="photos for dinov2")
+    add("--size", type=int, default=448, help="side of the photos, a multiple of 14 (default: %(default)s)")
+    add("--repeats", type=int, default=5, help="timed repeats (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--epochs", type=int, default=12, help="training of the digits model (default: %(default)s)")
+    add("--smallest", action="store_true", help="one small picture and two repeats, to see that it runs")
+    options = parser.parse_args(argv)
+    if options.smallest:
+        options.photos, options.size, options.repeats = options.photos[:1], 224, 2
+        options.epochs = min(options.epochs, 5)
+    return options
+
+
+def _prepare(options: argparse.Namespace, device: torch.device) -> Setup:
+    """The model that was asked for; in automatic choice the digits where DINOv2 cannot be had."""
+    warning = ""
+    if options.model != "digits":
+        try:
+            return dinov2_setup(options.photos, options.size, device)
+        except (ImportError, WeightsUnavailable) as error:
+            if options.model == "dinov2":
+                raise
+            warning = f"No DINOv2: {error}. Instead: a small vision transformer on handwritten digits."
+            print(warning, file=sys.stderr)
+    return digits_setup(options.epochs, 1 if options.smallest else 6, device, warning)
+
+
+def _work(setup: Setup, device: torch.device, repeats: int) -> tuple[list[Explained], Costs, dict[str, Measured]]:
+    """Everything that takes time, under one progress bar."""
+    tqdm = optional_import("tqdm", "demo").tqdm
+    calls_per_table = 3 * (repeats + 2)
+    with tqdm(total=len(setup.subjects) + 2 * calls_per_table, unit="step") as bar:
+        explained = []
+        for subject in setup.subjects:
+            bar.set_description(f"explaining {subject.name}")
+            explained.append(explain(setup.model, subject, setup.grid))
+            bar.update()
+        bar.set_description("measuring the rollout")
+        alone = cost_alone(setup, device, repeats, bar.update)
+        bar.set_description("measuring pixels to map")
+        whole = cost_whole(setup, device, repeats, bar.update)
+        bar.set_description("done")
+    return explained, alone, whole
+
+
+def _print_summary(explained: list[Explained], alone: Costs, whole: dict[str, Measured]) -> None:
+    table_class = optional_import("rich.table", "demo").Table
+    console = optional_import("rich.console", "demo").Console()
+    maps = table_class("picture", "sink patch (row, column)", "share of the rollout", "sink in block")
+    for item in explained:
+        sink = item.sink
+        if sink is None:
+            maps.add_row(item.subject.name, "none", "", "")
+        else:
+            share = f"{sink.share:.1%} = {sink.times_uniform:.0f} x uniform"
+            maps.add_row(item.subject.name, f"{sink.row + 1}, {sink.column + 1}", share, sink.blocks)
+    costs = table_class(alone.size, "time", "memory at the peak")
+    for name, cost in (alone.measured | whole).items():
+        costs.add_row(name, show_time(cost), show_size(cost.peak_bytes))
+    console.print(maps)
+    console.print(costs)
