@@ -75,7 +75,8 @@ void* current_stream([[maybe_unused]] const Tensor& x) {
 #endif
 }
 
-// Dense strided memory on a device with kernels, and no wrapper around it (subclass, fake, batched, functional, lazy negation).
+// Dense strided memory on a device with kernels, and no wrapper around it (subclass, fake, batched, functional, lazy
+// negation).
 bool is_plain(const Tensor& x) {
   constexpr c10::DispatchKeySet kOrdinary =
       c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::ADInplaceOrView}) | c10::autograd_dispatch_keyset |
@@ -110,8 +111,8 @@ void check_square_4d(const Tensor& x, const char* name) {
 }
 
 void check_rows(const Tensor& rows, int64_t batch, int64_t tokens, const Tensor& like) {
-  TORCH_CHECK_VALUE(rows.dim() == 3 && rows.size(0) == batch && rows.size(2) == tokens,
-                    "rows: expected shape (B, R, N) = (", batch, ", R, ", tokens, "), got ", rows.sizes());
+  TORCH_CHECK_VALUE(rows.dim() == 3 && rows.size(0) == batch && rows.size(2) == tokens, "rows: expected shape (B, R, N) = (",
+                    batch, ", R, ", tokens, "), got ", rows.sizes());
   TORCH_CHECK_VALUE(rows.device() == like.device(), "rows: expected device ", like.device(), ", got ", rows.device());
 }
 
@@ -143,8 +144,19 @@ Tensor rollout_rows(const Tensor& attention_in, const Tensor& rows_in, const std
   const int64_t slots = gpu ? row_step_slots_cuda(batch, tokens) : row_step_slots_cpu(batch, tokens);
   const Tensor out = at::empty({batch, n_rows, tokens}, rows.options());
   const Tensor partial = at::empty({batch, slots, n_rows, tokens}, rows.options());
-  const RowStep p{view_of(attention), rows.const_data_ptr(), partial.mutable_data_ptr(), out.mutable_data_ptr(),
-                  batch, heads, tokens, n_rows, slots, residual, normalize, fusion_of(head_fusion), dtype_of(attention)};
+  const RowStep p{view_of(attention),
+                  rows.const_data_ptr(),
+                  partial.mutable_data_ptr(),
+                  out.mutable_data_ptr(),
+                  batch,
+                  heads,
+                  tokens,
+                  n_rows,
+                  slots,
+                  residual,
+                  normalize,
+                  fusion_of(head_fusion),
+                  dtype_of(attention)};
   if (out.numel() == 0) return in_dtype(out, rows_in.scalar_type());
   if (gpu) {
     check_launch(launch_row_step(p, current_stream(attention)));
@@ -162,7 +174,7 @@ Tensor fuse_heads(const Tensor& attention_in, const std::string& head_fusion, do
   const Tensor attention = with_unit_columns(attention_in);
   const int64_t batch = attention.size(0), heads = attention.size(1), tokens = attention.size(2);
   const Tensor out = at::empty({batch, tokens, tokens}, attention.options());
-  const FuseHeads p{view_of(attention), out.mutable_data_ptr(), batch, heads, tokens, residual, normalize,
+  const FuseHeads p{view_of(attention),     out.mutable_data_ptr(), batch, heads, tokens, residual, normalize,
                     fusion_of(head_fusion), dtype_of(attention)};
   if (out.numel() == 0) return out;
   if (on_gpu(attention)) {

@@ -19,27 +19,27 @@ namespace xai {
 // ---- row step, attention given ---------------------------------------------------------------------------------------
 //   out[b,r,:] = sum_i rows[b,r,i] Abar[b,i,:]
 struct RowStep {
-  View4 attention;          // (B,H,N,N) of `dtype`, column stride 1
-  const void* rows;         // (B,R,N) contiguous, accumulate type
-  void* partial;            // (B,slots,R,N) workspace, accumulate type
-  void* out;                // (B,R,N) contiguous, accumulate type
+  View4 attention;   // (B,H,N,N) of `dtype`, column stride 1
+  const void* rows;  // (B,R,N) contiguous, accumulate type
+  void* partial;     // (B,slots,R,N) workspace, accumulate type
+  void* out;         // (B,R,N) contiguous, accumulate type
   int64_t batch, heads, tokens, n_rows, slots;
-  double residual;          // w >= 0
+  double residual;  // w >= 0
   bool normalize;
   Fusion fusion;
   Dtype dtype;
 };
 int64_t row_step_slots_cpu(int64_t batch, int64_t tokens);
-void row_step_cpu(const RowStep& p, int64_t begin, int64_t end);      // items: B*slots, fills partial
-void add_slots_cpu(const RowStep& p, int64_t begin, int64_t end);     // items: B*R, partial -> out
+void row_step_cpu(const RowStep& p, int64_t begin, int64_t end);   // items: B*slots, fills partial
+void add_slots_cpu(const RowStep& p, int64_t begin, int64_t end);  // items: B*R, partial -> out
 int64_t row_step_slots_cuda(int64_t batch, int64_t tokens);
-const char* launch_row_step(const RowStep& p, void* stream);          // fills partial and out
+const char* launch_row_step(const RowStep& p, void* stream);  // fills partial and out
 
 // ---- full form: the fused matrix ---------------------------------------------------------------------------------------
 //   out[b] = Abar[b]
 struct FuseHeads {
-  View4 attention;          // (B,H,N,N) of `dtype`, column stride 1
-  void* out;                // (B,N,N) contiguous, of `dtype`
+  View4 attention;  // (B,H,N,N) of `dtype`, column stride 1
+  void* out;        // (B,N,N) contiguous, of `dtype`
   int64_t batch, heads, tokens;
   double residual;
   bool normalize;
@@ -57,17 +57,17 @@ const char* launch_fuse_heads(const FuseHeads& p, void* stream);
 // Queries i with rows[b,:,i] = 0 for every r are not computed. A query whose keys are all masked has P = 0.
 // Query head h reads key head h / (H / Hkv). causal keeps j <= i and may be combined with a mask.
 struct StreamedRowStep {
-  View4 query;              // (B,H,N,D) of `dtype`, column stride 1
-  View4 key;                // (B,Hkv,N,D) of `dtype`, column stride 1
-  View4 mask;               // (B,H,N,N), broadcast by stride 0; boolean: one byte; additive: of `mask_dtype`
-  const void* lse;          // (B,H,N) contiguous, accumulate type, or null: computed here
-  const void* rows;         // (B,R,N) contiguous, accumulate type
-  void* out;                // (B,R,N) contiguous, accumulate type
-  void* workspace;          // streamed_workspace_{cpu,cuda}(p) bytes, 64-byte aligned
+  View4 query;       // (B,H,N,D) of `dtype`, column stride 1
+  View4 key;         // (B,Hkv,N,D) of `dtype`, column stride 1
+  View4 mask;        // (B,H,N,N), broadcast by stride 0; boolean: one byte; additive: of `mask_dtype`
+  const void* lse;   // (B,H,N) contiguous, accumulate type, or null: computed here
+  const void* rows;  // (B,R,N) contiguous, accumulate type
+  void* out;         // (B,R,N) contiguous, accumulate type
+  void* workspace;   // streamed_workspace_{cpu,cuda}(p) bytes, 64-byte aligned
   int64_t batch, heads, kv_heads, tokens, dim, n_rows;
   double scale, residual, rows_factor;
   bool causal, normalize;
-  bool tf32;                // CUDA, f32 inputs: products may round their inputs to TF32
+  bool tf32;  // CUDA, f32 inputs: products may round their inputs to TF32
   Fusion fusion;
   MaskKind mask_kind;
   Dtype dtype, mask_dtype;
@@ -75,14 +75,15 @@ struct StreamedRowStep {
 
 // CPU: prepare, then for each group of key heads pack and step, then reduce. Groups bound the packed keys to a few MB.
 struct StreamPlan {
-  int64_t groups, pack_items, step_items, reduce_items;  // items of one group: pack_items, step_items; of the whole: reduce_items
+  int64_t groups, pack_items, step_items,
+      reduce_items;  // items of one group: pack_items, step_items; of the whole: reduce_items
   int64_t workspace_bytes;
 };
 StreamPlan streamed_plan_cpu(const StreamedRowStep& p);
-void streamed_prepare_cpu(const StreamedRowStep& p);                                                 // serial, O(B R N)
+void streamed_prepare_cpu(const StreamedRowStep& p);  // serial, O(B R N)
 void streamed_pack_cpu(const StreamedRowStep& p, int64_t group, int64_t begin, int64_t end);
 void streamed_step_cpu(const StreamedRowStep& p, int64_t group, int64_t begin, int64_t end);
-void streamed_reduce_cpu(const StreamedRowStep& p, int64_t begin, int64_t end);                      // fills out
+void streamed_reduce_cpu(const StreamedRowStep& p, int64_t begin, int64_t end);  // fills out
 
 int64_t streamed_workspace_cuda(const StreamedRowStep& p);
 const char* launch_streamed_row_step(const StreamedRowStep& p, void* stream);

@@ -14,9 +14,9 @@
 namespace xai {
 namespace {
 
-constexpr int64_t kSlotsWanted = 64;       // work pieces per call, over the whole batch: plenty for load balance
-constexpr int64_t kSlotsMost = 32;         // per sample: bounds the partial results
-constexpr int64_t kPackBytes = 16 << 20;   // packed keys of one group
+constexpr int64_t kSlotsWanted = 64;      // work pieces per call, over the whole batch: plenty for load balance
+constexpr int64_t kSlotsMost = 32;        // per sample: bounds the partial results
+constexpr int64_t kPackBytes = 16 << 20;  // packed keys of one group
 
 int64_t slots_for(int64_t batch, int64_t pieces) {
   const int64_t wanted = (kSlotsWanted + batch - 1) / std::max<int64_t>(batch, 1);
@@ -67,8 +67,8 @@ constexpr double kLog2e = 1.4426950408889634;
 
 #define XAI_VECTOR_BYTES 16
 namespace base {
-#include "vec.inc"
 #include "rollout.inc"
+#include "vec.inc"
 }  // namespace base
 #undef XAI_VECTOR_BYTES
 
@@ -77,8 +77,8 @@ namespace base {
 #pragma GCC target("avx2,fma")
 #define XAI_VECTOR_BYTES 32
 namespace avx2 {
-#include "vec.inc"
 #include "rollout.inc"
+#include "vec.inc"
 }  // namespace avx2
 #undef XAI_VECTOR_BYTES
 #pragma GCC pop_options
@@ -87,8 +87,8 @@ namespace avx2 {
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #define XAI_VECTOR_BYTES 64
 namespace avx512 {
-#include "vec.inc"
 #include "rollout.inc"
+#include "vec.inc"
 }  // namespace avx512
 #undef XAI_VECTOR_BYTES
 #pragma GCC pop_options
@@ -104,8 +104,9 @@ struct Bodies {
   void (*reduce)(const StreamedRowStep&, int64_t, int64_t);
 };
 
-#define XAI_BODIES(ISA) \
-  { ISA::row_step, ISA::add_slots, ISA::fuse_heads, ISA::streamed_prepare, ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce }
+#define XAI_BODIES(ISA)                                                                \
+  {ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,     ISA::streamed_prepare, \
+   ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce}
 
 const Bodies& bodies() {
   static const Bodies chosen = [] {
@@ -130,8 +131,7 @@ void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end) { bodies().f
 
 StreamPlan streamed_plan_cpu(const StreamedRowStep& p) {
   const StreamLayout layout(p);
-  return {layout.groups, layout.units_per_group * layout.panels, p.batch * layout.slots, p.batch * p.n_rows,
-          layout.bytes};
+  return {layout.groups, layout.units_per_group * layout.panels, p.batch * layout.slots, p.batch * p.n_rows, layout.bytes};
 }
 
 void streamed_prepare_cpu(const StreamedRowStep& p) { bodies().prepare(p); }

@@ -140,14 +140,16 @@ def test_hugging_face_in_training_mode_with_gradients(name: str) -> None:
 
 
 def test_left_padded_decoder() -> None:
-    """Rows of padded queries have no key to attend; the model spreads them evenly."""
+    """Rows of padded queries have no key to attend: they are 0, where the model spreads them evenly."""
     model, inputs = HUGGING_FACE["llama"]("eager")
     inputs["attention_mask"] = lengths_mask(9, 6, 4).flip(1).long()
     with torch.no_grad():
         record = captured(model.eval(), **inputs)
         wanted = model(**inputs, output_attentions=True).attentions
+    rows = inputs["attention_mask"].bool()[:, None, :].expand(-1, 4, -1)
     for ours, theirs in zip(record.attentions(), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
+        torch.testing.assert_close(ours[rows], theirs[rows], **CLOSE)
+        assert not ours[~rows].any()
     assert_streams(record)
 
 

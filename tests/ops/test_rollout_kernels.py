@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -333,14 +334,26 @@ def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> No
         emulated.load().set_schedule_seed(0)
 
 
-def test_tf32_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tf32_allowed() -> Iterator[Callable[[], None]]:
+    """Call it to let float32 products use TF32, until the test ends."""
+    before = torch.backends.cuda.matmul.allow_tf32
+
+    def allow() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    yield allow
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("dim", [32, 100, 200])
+def test_tf32_on_cuda(tf32_allowed: Callable[[], None], dim: int) -> None:
     """TF32 products keep ten bits of each factor: near the exact result, and used only where torch allows them."""
-    for implementation in available()[1:]:
-        q, k, rows = torch.randn(1, 2, 40, 32), torch.randn(1, 2, 40, 32), torch.rand(1, 1, 40)
-        arguments = (q, k, rows, None, None, None, False, "mean", 1.0, True)
-        exact = implementation("rollout_rows_qk", *arguments)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-        rounded = implementation("rollout_rows_qk", *arguments)
-        monkeypatch.undo()
-        assert not torch.equal(exact, rounded)
-        torch.testing.assert_close(rounded, exact, rtol=5e-3, atol=5e-4)
+    q, k, rows = torch.randn(1, 2, 40, dim), torch.randn(1, 2, 40, dim), torch.rand(1, 1, 40)
+    calls = [("rollout_rows_qk", q, k, rows, None, None, None, False, fusion, 1.0, True) for fusion in ("mean", "max")]
+    exact = [implementation(*call) for implementation in available()[1:] for call in calls]
+    tf32_allowed()
+    rounded = [implementation(*call) for implementation in available()[1:] for call in calls]
+    for a, b in zip(rounded, exact, strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=5e-3, atol=5e-4)

@@ -96,13 +96,13 @@ def _lasting(tensor: Tensor) -> Tensor:
 class Term(NamedTuple):
     """One thing that was done to the scores between query @ key^T and the softmax.
 
-    kind "keep": a boolean mask, False gives -inf; "fill": a boolean mask, True gives `number`; "nonzero": as
-    "fill" with any non-zero entry for True; "add": `number` times the tensor is added.
+    kind "keep": a key is attended where the boolean mask is True; "remove": where the mask, of any dtype, is zero; "add":
+    `factor` times the tensor is added.
     """
 
     kind: str
     kept: Kept
-    number: float = -math.inf
+    factor: float = 1.0
 
 
 class CapturedLayer:
@@ -234,12 +234,19 @@ class QueryKeyLayer(CapturedLayer):
         """The mask as F.scaled_dot_product_attention takes it, broadcastable to (B, H, Nq, Nk)."""
         what = f"the mask of {self.describe()}"
         batch, heads = self.shape[:2]
-        parts: dict[str, list[tuple[Tensor, float]]] = {"add": [], "keep": [], "fill": []}
+        allowed: Tensor | None = None
+        adds: list[tuple[Tensor, float]] = []
         for term in self._terms:
             tensor = _as_batch_heads(term.kept.get(what), self._lead, batch, heads)
-            kind = "fill" if term.kind == "nonzero" else term.kind
-            parts[kind].append((tensor != 0 if term.kind == "nonzero" else tensor, term.number))
-        return _combine_masks(parts["add"], parts["keep"], parts["fill"], accumulate_dtype(self.dtype))
+            if term.kind == "add":
+                adds.append((tensor, term.factor))
+                continue
+            kept = tensor if term.kind == "keep" else tensor == 0
+            allowed = kept if allowed is None else allowed & kept
+        if not adds:
+            return allowed
+        bias = _sum_terms(adds, accumulate_dtype(self.dtype))
+        return bias if allowed is None else torch.where(allowed, bias, -math.inf)
 
     def probabilities(self) -> Tensor:
         query, key = self.query_key()
@@ -267,7 +274,7 @@ class QueryKeyLayer(CapturedLayer):
         return f", mask={mask}, scale={scale}, causal={self.is_causal}"
 
 
-_MASK_NAMES = {"keep": "bool", "fill": "bool", "nonzero": "bool", "add": "additive"}
+_MASK_NAMES = {"keep": "bool", "remove": "bool", "add": "additive"}
 
 
 class ProbabilityLayer(CapturedLayer):
@@ -477,42 +484,12 @@ def _is_grouped(inner: tuple[int, ...], heads: tuple[int, ...]) -> bool:
     return all(own == 1 for own, _ in pairs)
 
 
-def _combine_masks(
-    adds: list[tuple[Tensor, float]],
-    keeps: list[tuple[Tensor, float]],
-    fills: list[tuple[Tensor, float]],
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """One mask for all that was done to the scores: boolean (True = attend) if possible, else additive.
-
-    A fill with a large negative number becomes the smallest finite number: a masked key still gets
-    probability 0, and a row without keys still becomes uniform, as it does in the model.
-    """
-    allowed: Tensor | None = None
-    never = [~tensor for tensor, number in fills if number == -math.inf]
-    for kept in [tensor for tensor, _ in keeps] + never:
-        allowed = kept if allowed is None else allowed & kept
-    small: Tensor | None = None
-    for filled in [tensor for tensor, number in fills if number != -math.inf]:
-        small = filled if small is None else small | filled
-    if not adds and small is None:
-        return allowed
-    bias = _sum_terms(adds, dtype)
-    if small is not None:
-        base = torch.zeros((), dtype=dtype, device=small.device) if bias is None else bias
-        bias = torch.where(small, torch.finfo(dtype).min, base)
-    assert bias is not None
-    return bias if allowed is None else torch.where(allowed, bias, -math.inf)
-
-
-def _sum_terms(adds: list[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor | None:
+def _sum_terms(adds: list[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor:
     """Sum of factor * tensor, the tensor itself if there is nothing to compute."""
-    if not adds:
-        return None
     if len(adds) == 1 and adds[0][1] == 1.0:
         return adds[0][0]
-    total: Tensor | None = None
-    for tensor, factor in adds:
-        term = factor * tensor.to(dtype)
-        total = term if total is None else total + term
+    terms = [factor * tensor.to(dtype) for tensor, factor in adds]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
     return total

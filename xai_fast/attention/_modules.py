@@ -269,7 +269,7 @@ def _fused_encoder_layer(
         attn_mask=src_mask,
         key_padding_mask=key_padding_mask,
         # This path takes any non-zero entry of a floating mask for "masked".
-        floating="nonzero",
+        floating="remove",
         norm=None if norm is None else (_maybe(norm.weight), _maybe(norm.bias), norm.eps),
         pad_to=pad_to,
     )
@@ -430,10 +430,4 @@ def _mask_terms(
         terms.append(key_padding_mask.detach().reshape(batch, 1, 1, -1))
     if extra_keys:
         terms = [nn.functional.pad(mask, (0, extra_keys)) for mask in terms]
-    return tuple(
-        Term("fill", keep(mask)) if mask.dtype == torch.bool else Term(floating, keep(mask), _NUMBERS[floating])
-        for mask in terms
-    )
-
-
-_NUMBERS = {"add": 1.0, "nonzero": float("-inf")}
+    return tuple(Term("remove" if mask.dtype == torch.bool else floating, keep(mask)) for mask in terms)

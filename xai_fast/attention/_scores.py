@@ -28,8 +28,7 @@ Arguments = tuple[Any, ...]
 Keywords = Mapping[str, Any]
 Handler = Callable[["ScoreTracker", Callable[..., Any], Arguments, Keywords], Any]
 
-# Filling scores with a number below this removes the key: exp underflows next to any score that a model
-# produces.
+# Filling scores with a number below this removes the key: exp underflows next to any score that a model produces.
 LARGE_NEGATIVE = -1e3
 
 
@@ -288,7 +287,7 @@ def _scaled(scores: Scores, factor: Any, inverse: bool) -> Scores | None:
             return None
         if any(term.kind != "add" for term in scores.terms) and number <= 0:
             return None
-        terms = tuple(t._replace(number=t.number * number) for t in scores.terms)
+        terms = tuple(t._replace(factor=t.factor * number) for t in scores.terms)
         return replace(scores, scale=scores.scale * number, terms=terms)
     if not isinstance(factor, Tensor) or scores.terms:
         return None
@@ -333,7 +332,7 @@ def _masked_fill(tracker: ScoreTracker, func: Callable[..., Any], args: Argument
     out = func(*args, **kwargs)
     if note is not None:
         mask, value = _argument(args, kwargs, 1, "mask"), _argument(args, kwargs, 2, "value")
-        _note_fill(tracker, out, scores.shape, note, mask, "fill", value)
+        _note_fill(tracker, out, scores.shape, note, mask, "remove", value)
     return out
 
 
@@ -368,7 +367,7 @@ def _select(
 ) -> Any:
     note, scores, kind, value = tracker.find(chosen), chosen, "keep", other
     if note is None:
-        note, scores, kind, value = tracker.find(other), other, "fill", chosen
+        note, scores, kind, value = tracker.find(other), other, "remove", chosen
     _protect(note, func)
     out = func(*args, **kwargs)
     if note is not None:
@@ -395,9 +394,7 @@ def _note_fill(
         value = value.item() if value.numel() == 1 else math.nan
     if not value <= LARGE_NEGATIVE:
         return
-    # "keep" means -inf where the mask is False; any other number needs the mask turned round.
-    term = Term(kind, keep(mask), float(value)) if kind == "fill" or value == -math.inf else None
-    tracker.note(out, replace(note, terms=(*note.terms, term or Term("fill", keep(~mask), float(value)))))
+    tracker.note(out, replace(note, terms=(*note.terms, Term(kind, keep(mask)))))
 
 
 def _same(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:

@@ -79,8 +79,8 @@ class AttentionRecord:
         Returns
         -------
         tuple of Tensor
-            One (B, H, Nq, Nk) per layer, before dropout, in the dtype of the queries. Cross-attention and
-            decoding with a cache are included here, with Nq != Nk.
+            One (B, H, Nq, Nk) per layer, before dropout, in the dtype of the queries. A query that may not attend any
+            key has a row of zeros. Cross-attention and decoding with a cache are included here, with Nq != Nk.
 
         Raises
         ------
@@ -141,8 +141,7 @@ class AttentionRecord:
         -------
         Tensor
             (B, N) for one token, (B, T, N) for several, (B, N, N) for None; dtype of the model's attention.
-            Rows of padded queries are what the model computed for them; under nested sequences, what a zero
-            input gives.
+            Rows of padded queries are what the model computed for them, under nested sequences what a zero input gives.
 
         Raises
         ------
@@ -401,6 +400,8 @@ class _Session:
         self.pad_to: int | None = None
         self._model = model
         self._names = {id(module): name for name, module in model.named_modules()}
+        # Code that was met on the call stack by its id (its hash reads all of it), and whether it is a method of others.
+        self._methods: dict[int, tuple[CodeType, bool]] = {}
         self._thread = threading.get_ident()
         self._mode = _CaptureMode(self.tracker)
         self._is_suspended = False
@@ -481,10 +482,10 @@ class _Session:
         frame = sys._getframe(1).f_back
         while frame is not None:
             code = frame.f_code
-            kind = _METHODS.get(id(code))
-            if kind is None or kind[0] is not code:
-                kind = _METHODS[id(code)] = code, _is_method_of_others(frame)
-            if kind[1]:
+            known = self._methods.get(id(code))
+            if known is None:
+                known = self._methods[id(code)] = code, _is_method_of_others(frame)
+            if known[1]:
                 name = self._names.get(id(frame.f_locals.get("self")))
                 if name is not None:
                     return name
@@ -522,10 +523,6 @@ class _Session:
         finally:
             torch._C._pop_torch_function_stack()
             self._is_suspended = True
-
-
-# Whether a piece of code is a method outside of this package, by its id and checked for being that very piece.
-_METHODS: dict[int, tuple[CodeType, bool]] = {}
 
 
 def _is_method_of_others(frame: FrameType) -> bool:

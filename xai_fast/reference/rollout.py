@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._dtypes import accumulate_dtype
 
-# An additive mask value of at most this stands for -inf: models write the lowest finite float (kRemovedBelow in csrc/types.h).
+# An additive mask value of at most this stands for -inf, for which models write the lowest finite float
+# (kRemovedBelow in csrc/types.h).
 REMOVED_BELOW = -1.7e38
 
 __all__ = ["attention_probabilities", "fuse_heads", "rollout_rows", "rollout_rows_qk"]
