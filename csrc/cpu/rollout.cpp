@@ -68,7 +68,6 @@ constexpr double kLog2e = 1.4426950408889634;
 #define XAI_VECTOR_BYTES 16
 namespace base {
 #include "rollout.inc"
-#include "vec.inc"
 }  // namespace base
 #undef XAI_VECTOR_BYTES
 
@@ -78,7 +77,6 @@ namespace base {
 #define XAI_VECTOR_BYTES 32
 namespace avx2 {
 #include "rollout.inc"
-#include "vec.inc"
 }  // namespace avx2
 #undef XAI_VECTOR_BYTES
 #pragma GCC pop_options
@@ -88,7 +86,6 @@ namespace avx2 {
 #define XAI_VECTOR_BYTES 64
 namespace avx512 {
 #include "rollout.inc"
-#include "vec.inc"
 }  // namespace avx512
 #undef XAI_VECTOR_BYTES
 #pragma GCC pop_options
