@@ -157,6 +157,16 @@ def _check_query_key(query: Any, key: Any) -> None:
     check.check_same_device(key, "key", query.device)
 
 
+def _check_streamed(query: Any, key: Any, rows: Any) -> None:
+    _check_query_key(query, key)
+    batch, _, tokens, _ = query.shape
+    if key.shape[2] != tokens:
+        raise ValueError(
+            f"key: rollout needs as many keys as queries ({tokens}), got {key.shape[2]} (a cache, or cross-attention?)"
+        )
+    check.check_rows(rows, batch, tokens, query)
+
+
 def _check_mask(mask: Any, query: Tensor, keys: int) -> Tensor:
     """The mask with four dimensions, still broadcastable to (B, H, Nq, Nk)."""
     if not isinstance(mask, Tensor):
@@ -246,18 +256,13 @@ def rollout_rows_qk(
     >>> xf.ops.rollout_rows_qk(query, key, torch.eye(4)[None, :1])
     tensor([[[0.6250, 0.1250, 0.1250, 0.1250]]])
     """
-    _check_query_key(query, key)
-    batch, _, tokens, _ = query.shape
-    if key.shape[2] != tokens:
-        raise ValueError(
-            f"key: rollout needs as many keys as queries ({tokens}), got {key.shape[2]} (a cache, or cross-attention?)"
-        )
-    check.check_rows(rows, batch, tokens, query)
+    if _C is None or torch.compiler.is_compiling() or not _C.is_usual_streamed(query, key, rows):
+        _check_streamed(query, key, rows)
     check.check_head_fusion(head_fusion)
     residual = check.check_residual(residual)
     scale = _check_scale(scale)
     if attn_mask is not None:
-        attn_mask = _check_mask(attn_mask, query, tokens)
+        attn_mask = _check_mask(attn_mask, query, query.shape[2])
     if lse is not None:
         _check_lse(lse, query)
     options = (attn_mask, lse, scale, bool(is_causal), head_fusion, residual, bool(normalize))
