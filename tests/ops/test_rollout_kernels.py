@@ -15,8 +15,9 @@ from tests.implementations import Implementation, available
 from tests.tolerances import assert_close_to_reference
 from xai_fast.reference import rollout as reference
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-FUSIONS = ["mean", "sum", "max", "min"]
+# Sanitizers look at memory, not at numbers, and are ten times slower: every code path, but not every combination.
+DTYPES = [torch.float32, torch.bfloat16] if sanitized() else [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+FUSIONS = ["mean", "max"] if sanitized() else ["mean", "sum", "max", "min"]
 ROW_SHAPES = [(1, 1, 1, 1), (2, 3, 7, 2), (1, 4, 33, 1), (3, 5, 66, 3), (1, 2, 130, 9)]
 
 
@@ -43,7 +44,7 @@ def check_fused(implementation: Implementation, attention: torch.Tensor, *option
 @pytest.mark.parametrize("shape", ROW_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True] if sanitized() else [True, False])
 def test_given_attention(
     implementation: Implementation, shape: tuple[int, ...], dtype: torch.dtype, fusion: str, normalize: bool
 ) -> None:
@@ -125,7 +126,7 @@ def test_extreme_16_bit_values(implementation: Implementation, dtype: torch.dtyp
 
 # (B, H, Hkv, N, D, R); the emulator, which runs one GPU thread after the other, takes the short ones.
 STREAM_SHAPES = [(1, 1, 1, 1, 1, 1), (2, 4, 2, 7, 8, 2), (1, 2, 2, 33, 40, 1), (1, 2, 1, 70, 72, 3), (2, 6, 2, 130, 128, 1)]
-MASKS = ["none", "padding", "boolean", "bias", "float32 bias"]
+MASKS = ["none", "boolean", "bias"] if sanitized() else ["none", "padding", "boolean", "bias", "float32 bias"]
 
 
 def masks_for(batch: int, heads: int, tokens: int, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
@@ -174,7 +175,7 @@ def test_streamed(
     chosen = masks_for(batch, heads, tokens, dtype)[mask]
     for fusion in ("mean", "max") if implementation.emulated else FUSIONS:
         check_streamed(implementation, q, k, rows, chosen, None, None, causal, fusion, 1.0, True)
-    if not implementation.emulated or tokens < 40:
+    if not implementation.emulated or tokens < 30:
         check_streamed(implementation, q, k, rows, chosen, None, 0.3, causal, "mean", 0.5, False)
         check_streamed(implementation, q, k, rows, chosen, None, None, causal, "min", 0.0, True)
 
