@@ -8,7 +8,6 @@ at least move or do by what this machine reaches in the same run.
 from __future__ import annotations
 
 import datetime
-import gc
 import platform
 import statistics
 import subprocess
@@ -43,26 +42,6 @@ def alternate(peers: dict[str, Callable[[], object]], rounds: int = 9, seconds: 
             _synchronize()
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Peak resident memory of ``call`` above what was resident before it, in bytes (on CUDA: of torch's allocator)."""
-    call()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 @dataclass

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import xai_fast as xf
-from benchmarks.harness import Table, alternate, peak_extra_bytes
+from benchmarks.harness import Table, alternate
 from benchmarks.peers.eager_chain import eager_rollout
 from benchmarks.peers.fast_vit_rollout import fast_vit_rollout
 from benchmarks.peers.flex_rows import flex_rows
 from benchmarks.peers.row_chain import row_chain
+from xai_fast.demo.dinov2 import WeightsUnavailable, load_dinov2
+from xai_fast.demo.measure import peak_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GIVEN = [(12, 8, 12, 197), (24, 1, 16, 577), (12, 1, 12, 1024)]
@@ -138,13 +140,37 @@ def test_streamed_memory(table: Table) -> None:
     tokens, heads, dim = 16384, 12, 64
     query, key = (torch.randn(1, heads, tokens, dim, device=DEVICE) for _ in range(2))
     rows = torch.rand(1, 1, tokens, device=DEVICE)
-    extra = peak_extra_bytes(lambda: xf.ops.rollout_rows_qk(query, key, rows))
+    extra = peak_memory(lambda: xf.ops.rollout_rows_qk(query, key, rows), torch.device(DEVICE))
+    assert extra is not None
+    assert extra < 64 * 2**20
     table.add(case="peak extra memory, streamed, N = 16384, H = 12, d = 64", method="xai_fast", MB=f"{extra / 2**20:.1f}")
     table.add(
         case="peak extra memory, streamed, N = 16384, H = 12, d = 64",
         method="one layer's attention matrix (computed, not allocated)",
         MB=f"{heads * tokens**2 * 4 / 2**20:.1f}",
     )
+
+
+@torch.no_grad()
+def test_capture(table: Table) -> None:
+    """What a forward pass costs while it is captured: DINOv2 ViT-S/14, 224 px, one image."""
+    try:
+        model = load_dinov2().eval().to(DEVICE)
+    except (ImportError, WeightsUnavailable) as error:
+        pytest.skip(str(error))
+    pixels = torch.randn(1, 3, 224, 224, device=DEVICE)
+
+    def captured() -> object:
+        with xf.capture_attention(model):
+            return model(pixels)
+
+    times = alternate({"plain": lambda: model(pixels), "captured": captured}, rounds=101, seconds=30)
+    for name, seconds in times.items():
+        table.add(
+            case="forward pass of DINOv2 ViT-S/14, 224 px, batch 1",
+            method=name,
+            **{"ms": ms(seconds), "relative to plain": f"{seconds / times['plain']:.3f}"},
+        )
 
 
 def test_overhead(table: Table, benchmark) -> None:
