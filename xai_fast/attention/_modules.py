@@ -64,8 +64,9 @@ class ModuleWrappers:
     method resolution order.
     """
 
-    def __init__(self, model: nn.Module, session: Session) -> None:
+    def __init__(self, model: nn.Module, modules: list[nn.Module], session: Session) -> None:
         self._model = model
+        self._modules = modules
         self._session = session
         self._wrapped: list[tuple[nn.Module, str, Any]] = []
         self._spliced: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -73,8 +74,9 @@ class ModuleWrappers:
         self._attention_calls = 0
 
     def install(self) -> None:
-        for module in self._model.modules():
-            for base, wrapper in self._bases():
+        bases = self._bases()
+        for module in self._modules:
+            for base, wrapper in bases:
                 if isinstance(module, base):
                     if type(module).forward is base.forward:
                         self._wrap(module, "forward", wrapper)

@@ -399,13 +399,15 @@ class _Session:
         self.tracker = ScoreTracker(self.emit, num_heads)
         self.pad_to: int | None = None
         self._model = model
-        self._names = {id(module): name for name, module in model.named_modules()}
+        # Walking the modules takes most of the time of entering the context: once is enough.
+        named = list(model.named_modules())
+        self._names = {id(module): name for name, module in named}
         # Code that was met on the call stack by its id (its hash reads all of it), and whether it is a method of others.
         self._methods: dict[int, tuple[CodeType, bool]] = {}
         self._thread = threading.get_ident()
         self._mode = _CaptureMode(self.tracker)
         self._is_suspended = False
-        self._wrappers = ModuleWrappers(model, self)
+        self._wrappers = ModuleWrappers(model, [module for _, module in named], self)
         self._hooks: list[Any] = []
         self._stance: Any = None
         # How many calls of the model are running.
