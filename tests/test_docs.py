@@ -1,0 +1,42 @@
+"""The examples of the documents run: every docstring of the package, and the ten lines of the README."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import xai_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(xai_fast.__path__, "xai_fast.") if not m.name.endswith(("._C", "__main__"))
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert failed == 0
+
+
+def test_public_names_have_examples() -> None:
+    for owner in (xai_fast, xai_fast.ops):
+        for name in owner.__all__:
+            if callable(value := getattr(owner, name)):
+                assert ">>>" in (value.__doc__ or ""), f"{name}: its docstring has no example"
+
+
+def test_readme_example() -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    scope: dict[str, object] = {}
+    exec(code.group(1), scope)
+    assert scope["heat"].shape == (8, 257)
+    assert scope["maps"].shape == (8, 16, 16)
+    assert scope["full"].shape == (8, 257, 257)
