@@ -162,6 +162,9 @@ def test_capture(table: Table) -> None:
         pytest.skip(str(error))
     pixels = torch.randn(1, 3, 224, 224, device=DEVICE)
 
+    with xf.capture_attention(model):
+        inside = model(pixels).last_hidden_state
+    assert torch.equal(inside, model(pixels).last_hidden_state)
     times: dict[str, list[float]] = {"plain": [], "inside capture_attention": [], "entering and leaving it": []}
     for _ in range(100):
         begin = time.perf_counter()
@@ -191,6 +194,7 @@ def test_overhead(table: Table, benchmark) -> None:
         "rollout_rows_qk": lambda: xf.ops.rollout_rows_qk(query, query, rows),
         "torch.mul (for scale)": lambda: torch.mul(rows, rows),
     }
+    assert all(call().isfinite().all() for call in calls.values())
 
     def many(call: Callable[[], object]) -> Callable[[], None]:
         return lambda: [call() for _ in range(2000)] and None
