@@ -157,7 +157,8 @@ class Build(BuildExtension):
 def extensions() -> list:
     if choice("XAI_FAST_BUILD", ("auto", "none")) == "none":
         return []
-    sources = ["csrc/bindings.cpp", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))]
+    folders = (ROOT / "csrc" / "bindings", ROOT / "csrc" / "cpu")
+    sources = [str(path.relative_to(ROOT)) for folder in folders for path in sorted(folder.glob("*.cpp"))]
     return [
         CppExtension(
             "xai_fast._C",

@@ -9,10 +9,10 @@
 // Determinism: the work of a step is cut into `slots` pieces that depend on the shapes alone; each piece writes its own
 // partial result and the pieces are added in order. No result depends on the number of threads or on atomics.
 //
-// CPU functions do the work items [begin, end) on the calling thread; bindings.cpp spreads them over threads.
+// CPU functions do the work items [begin, end) on the calling thread; csrc/bindings spreads them over threads.
 // CUDA functions launch on `stream` (a cudaStream_t) and return null, or a message that says what failed.
 #pragma once
-#include "types.h"
+#include "scores.h"
 
 namespace xai {
 
@@ -50,27 +50,18 @@ void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end);  // items: 
 const char* launch_fuse_heads(const FuseHeads& p, void* stream);
 
 // ---- row step, streamed from q and k -------------------------------------------------------------------------------------
-//   P[b,h,i,j] = exp(scale q_i k_j + mask_ij - LSE_i),   LSE_i = log sum_j exp(scale q_i k_j + mask_ij)
-//   out[b,r,:] = w c[b,r,:] + sum_i c[b,r,i] fuse_h P[b,h,i,:],     c[b,r,i] = rows_factor rows[b,r,i]
+//   out[b,r,:] = w c[b,r,:] + sum_i c[b,r,i] fuse_h P[b,h,i,:],     c[b,r,i] = rows_factor rows[b,r,i],   Nq = Nk = N
 // mean and sum: the caller has divided by the row sums of Abar, which are known before any score is computed (in rows_factor
 // or in rows), and `normalize` is not read. max and min: if `normalize`, the kernel divides by the row sums that it finds.
-// Queries i with rows[b,:,i] = 0 for every r are not computed. A query whose keys are all masked has P = 0.
-// Query head h reads key head h / (H / Hkv). causal keeps j <= i and may be combined with a mask.
-struct StreamedRowStep {
-  View4 query;       // (B,H,N,D) of `dtype`, column stride 1
-  View4 key;         // (B,Hkv,N,D) of `dtype`, column stride 1
-  View4 mask;        // (B,H,N,N), broadcast by stride 0; boolean: one byte; additive: of `mask_dtype`
-  const void* lse;   // (B,H,N) contiguous, accumulate type, or null: computed here
+// Queries i with rows[b,:,i] = 0 for every r are not computed.
+struct StreamedRowStep : AttentionScores {
   const void* rows;  // (B,R,N) contiguous, accumulate type
   void* out;         // (B,R,N) contiguous, accumulate type
   void* workspace;   // streamed_workspace_{cpu,cuda}(p) bytes, 64-byte aligned
-  int64_t batch, heads, kv_heads, tokens, dim, n_rows;
-  double scale, residual, rows_factor;
-  bool causal, normalize;
-  bool tf32;  // CUDA, f32 inputs: products may round their inputs to TF32
+  int64_t n_rows;
+  double residual, rows_factor;
+  bool normalize;
   Fusion fusion;
-  MaskKind mask_kind;
-  Dtype dtype, mask_dtype;
 };
 
 // CPU: prepare, then for each group of key heads pack and step, then reduce. Groups bound the packed keys to a few MB.

@@ -1,4 +1,4 @@
-// Types that every kernel family shares. No torch, no CUDA: bindings.cpp, csrc/cpu and csrc/cuda all include this file.
+// Types that every kernel family shares. No torch, no CUDA: csrc/bindings, csrc/cpu and csrc/cuda all include this file.
 #pragma once
 #include <cstdint>
 

@@ -26,9 +26,11 @@ class Implementation:
     load: Callable[[], ModuleType]
     emulated: bool = False
 
-    def __call__(self, function: str, *args: Any) -> Tensor:
+    def __call__(self, function: str, *args: Any) -> Any:
+        """A Tensor, or a tuple of them, on the CPU."""
         moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
-        return getattr(self.load(), function)(*moved).cpu()
+        result = getattr(self.load(), function)(*moved)
+        return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
 
 
 def _emulated(cuda: bool) -> ModuleType:

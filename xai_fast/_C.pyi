@@ -21,3 +21,62 @@ def rollout_rows_qk(
     residual: float,
     normalize: bool,
 ) -> Tensor: ...
+def av_relevance(attention: Tensor, value: Tensor, relevance: Tensor, lam: float, eps: float) -> tuple[Tensor, Tensor]: ...
+def attention_relevance(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    upstream: Tensor,
+    output: Tensor | None,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    lam: float,
+    eps: float,
+    gradient_form: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def targeted_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    rows: Tensor,
+    attn_mask: Tensor | None,
+    lse: Tensor | None,
+    relevance_out: Tensor | None,
+    output: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    head_fusion: str,
+    clamp: bool,
+    residual: float,
+    normalize: bool,
+    lam: float,
+    eps: float,
+) -> Tensor: ...
+def softmax_relevance(logits: Tensor, probs: Tensor, relevance: Tensor) -> Tensor: ...
+def skip_relevance(x: Tensor, y: Tensor, relevance: Tensor, rule: str, eps: float) -> tuple[Tensor, Tensor]: ...
+def norm_relevance(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    upstream: Tensor,
+    norm_eps: float,
+    eps: float,
+    rms: bool,
+    detach_mean: bool,
+    gradient_form: bool,
+) -> Tensor: ...
+def stabilized_gradient(grad: Tensor, y: Tensor, eps: float) -> Tensor: ...
+def identity_gradient(grad: Tensor, x: Tensor, y: Tensor, at_zero: float) -> Tensor: ...
+def linear_relevance(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    rule: str,
+    eps: float,
+    gamma: float,
+    alpha: float,
+    beta: float,
+) -> Tensor: ...

@@ -9,6 +9,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "blocks.h"
 #include "simd.h"
 
 namespace xai {
@@ -23,13 +24,8 @@ int64_t slots_for(int64_t batch, int64_t pieces) {
   return std::max<int64_t>(1, std::min({wanted, kSlotsMost, pieces}));
 }
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-int64_t accumulate_bytes(Dtype d) { return d == Dtype::f64 ? 8 : 4; }
-
-// Rows of the score block and columns of a packed key panel: multiples of every body's register tile.
+// Rows of the score block: a multiple of every body's register tile.
 constexpr int64_t kQueryBlock = 24;
-constexpr int64_t kPanelBytes = 128;
 
 // Where things lie in the workspace of a streamed step. `Unit` is a key head of one sample.
 struct StreamLayout {
@@ -39,8 +35,8 @@ struct StreamLayout {
   explicit StreamLayout(const StreamedRowStep& p) {
     const int64_t size = accumulate_bytes(p.dtype);
     const int64_t units = p.batch * p.kv_heads;
-    panel_columns = kPanelBytes / size;
-    panels = (p.tokens + panel_columns - 1) / panel_columns;
+    panel_columns = panel_columns_of(size);
+    panels = pieces_of(p.tokens, panel_columns);
     unit_elements = panels * panel_columns * p.dim;
     units_per_group = std::max<int64_t>(1, kPackBytes / std::max<int64_t>(1, unit_elements * size));
     // max and min fuse the heads inside a tile, so a group holds whole samples.
@@ -62,8 +58,6 @@ struct StreamLayout {
   int64_t* active(const StreamedRowStep& p, int64_t b) const { return at<int64_t>(p, active_at) + b * p.tokens; }
   int64_t* count(const StreamedRowStep& p) const { return at<int64_t>(p, count_at); }
 };
-
-constexpr double kLog2e = 1.4426950408889634;
 
 #define XAI_VECTOR_BYTES 16
 namespace base {

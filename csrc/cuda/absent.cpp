@@ -1,4 +1,5 @@
 // Stands in for the .cu files in a build without CUDA: every launcher says so. The Python side never calls them then.
+#include "../relevance.h"
 #include "../rollout.h"
 
 namespace xai {
@@ -10,5 +11,19 @@ const char* launch_row_step(const RowStep&, void*) { return kAbsent; }
 const char* launch_fuse_heads(const FuseHeads&, void*) { return kAbsent; }
 int64_t streamed_workspace_cuda(const StreamedRowStep&) { return 0; }
 const char* launch_streamed_row_step(const StreamedRowStep&, void*) { return kAbsent; }
+
+int64_t av_workspace_cuda(const AvRelevance&) { return 0; }
+const char* launch_av_relevance(const AvRelevance&, void*) { return kAbsent; }
+int64_t attention_workspace_cuda(const AttentionRelevance&) { return 0; }
+const char* launch_attention_relevance(const AttentionRelevance&, void*) { return kAbsent; }
+int64_t targeted_workspace_cuda(const TargetedRows&) { return 0; }
+const char* launch_targeted_rows(const TargetedRows&, void*) { return kAbsent; }
+const char* launch_softmax_relevance(const SoftmaxRelevance&, void*) { return kAbsent; }
+const char* launch_skip_relevance(const SkipRelevance&, void*) { return kAbsent; }
+const char* launch_norm_relevance(const NormRelevance&, void*) { return kAbsent; }
+const char* launch_gradient_factor(const GradientFactor&, void*) { return kAbsent; }
+const char* launch_sign_split(const SignSplit&, void*) { return kAbsent; }
+const char* launch_linear_share(const LinearShare&, void*) { return kAbsent; }
+const char* launch_linear_return(const LinearReturn&, void*) { return kAbsent; }
 
 }  // namespace xai

@@ -20,6 +20,9 @@ constexpr int64_t kResidentBlocks = 396;
 // Blocks that cover `items` when each takes `per_block`.
 inline unsigned blocks_for(int64_t items, int64_t per_block) { return unsigned((items + per_block - 1) / per_block); }
 
+// A grid counted in 64 bits; the launch refuses what no grid can hold.
+inline unsigned grid_of(int64_t blocks) { return blocks > 0x7fffffff ? ~0u : unsigned(blocks); }
+
 #ifdef XAI_EMULATE
 
 template <class... Parameters, class... Arguments>

@@ -1,46 +1,15 @@
-// CUDA side of ../rollout.h: the ordered sum of partial results, attention given (row step and full form), and streamed
-// from q and k.
+// CUDA side of ../rollout.h: attention given (row step and full form), and streamed from q and k.
 #include "../rollout.h"
 
 #include <algorithm>
 
+#include "lse.cuh"
+#include "row_step.cuh"
 #include "row_tile.cuh"
 #include "streamed_scores.cuh"
 
 namespace xai {
 namespace {
-
-// ---- ordered sum of partial results ---------------------------------------------------------------------------------
-
-constexpr int kReduceWarps = 16;
-
-// partial (outer,slots,inner) -> out (outer,inner):  out = residual * own + factor * sum_slots partial
-// own (outer,own_pitch) or null. `inner` is one row of N elements. A block takes 32 columns; its warps add sixteenths of
-// the slots, so that many loads are in flight, and the sixteenths are added in order.
-template <class Acc>
-__global__ void __launch_bounds__(kReduceWarps* kWarp)
-    sum_partial_kernel(const Acc* partial, Acc* out, const Acc* own, int64_t own_pitch, int64_t slots, int64_t n_rows,
-                       int64_t tokens, Acc residual, Acc factor) {
-  const int64_t columns = (tokens + kWarp - 1) / kWarp;
-  const int64_t row = blockIdx.x / columns;  // of B*R
-  const int64_t token = blockIdx.x % columns * kWarp + threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  Acc sum = 0;
-  if (token < tokens) {
-    const Acc* source = partial + (row / n_rows * slots * n_rows + row % n_rows) * tokens + token;
-    const int64_t end = (warp + 1) * slots / kReduceWarps;
-#pragma unroll 8
-    for (int64_t slot = warp * slots / kReduceWarps; slot < end; ++slot) sum += source[slot * n_rows * tokens];
-  }
-  Acc* sums = dynamic_smem<Acc>();
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp != 0 || token >= tokens) return;
-  for (int w = 1; w < kReduceWarps; ++w) sum += sums[w * kWarp + threadIdx.x];
-  sum *= factor;
-  if (own) sum += residual * own[row * own_pitch + token];
-  out[row * tokens + token] = sum;
-}
 
 // ---- attention given ------------------------------------------------------------------------------------------------
 
@@ -125,98 +94,46 @@ const char* launch_fuse_heads_as(const FuseHeads& p, void* stream) {
                 shared, stream, fused, p.out, shape);
 }
 
-template <class T>
-struct Type {
-  using type = T;
+// ---- streamed from q and k: workspace ---------------------------------------------------------------------------------
+
+// Arrays along the queries are padded to `padded` tokens; all heads need the same queries.
+template <class Acc>
+struct StreamedArrays : ScoreArrays<Acc> {
+  Acc* coefficient;  // (B,R,padded): c, zero in the padding
+  Acc* partial;      // (B,slots,R,N)
+  Acc* row_sums;     // (B,sum_slots,N): partial row sums of the fused P, for max and min with normalisation
+  int64_t slots, sum_slots;
 };
 
-// Calls f(Type<T>) for the element type.
-template <class F>
-auto with_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::f64: return f(Type<double>());
-    case Dtype::f16: return f(Type<__half>());
-    case Dtype::bf16: return f(Type<__nv_bfloat16>());
-    default: return f(Type<float>());
-  }
+inline bool needs_row_sums(const StreamedRowStep& p) { return is_extreme(p.fusion) && p.normalize; }
+
+constexpr int kStreamRowGroup = 8;  // rows r whose sums one block keeps in registers
+inline int row_group(const StreamedRowStep& p) { return p.n_rows == 1 ? 1 : kStreamRowGroup; }
+
+// Lays the arrays out from `base` and returns the bytes they take.
+template <class Tile, class ExtremeTile, class Acc = typename Tile::Acc>
+int64_t streamed_arrays(const StreamedRowStep& p, char* base, StreamedArrays<Acc>& w) {
+  const bool extreme = is_extreme(p.fusion);
+  const int64_t stationary = extreme ? ExtremeTile::kStationary : Tile::kStationary;
+  const int64_t moving_tiles = blocks_for(p.tokens, extreme ? ExtremeTile::kMoving : Tile::kMoving);
+  const int64_t blocks = p.batch * blocks_for(p.tokens, stationary);
+  w.padded = round_up(p.tokens, kTokenPadding);
+  w.active_batch = w.padded / kWarp;
+  w.active_head = 0;
+  w.slots = streamed_slots(blocks * blocks_for(p.n_rows, row_group(p)), moving_tiles * (extreme ? 1 : p.heads), p.causal);
+  w.scale = Acc(p.scale * kLog2e);
+  w.aligned = can_copy_pieces<typename Tile::Element>(p);
+  w.sum_slots = needs_row_sums(p) ? streamed_slots(blocks, moving_tiles, p.causal) : 0;
+  Workspace space{base};
+  space.take(w.coefficient, p.batch * p.n_rows * w.padded);
+  space.take(w.shift, p.batch * p.heads * w.padded);
+  space.take(w.active, p.batch * w.padded / kWarp);
+  space.take(w.partial, p.batch * w.slots * p.n_rows * p.tokens);
+  space.take(w.row_sums, p.batch * w.sum_slots * p.tokens);
+  return space.used;
 }
 
 // ---- streamed from q and k: kernels ---------------------------------------------------------------------------------
-
-// Sum of 2^x over values that arrive in any order, kept relative to the largest so far.
-template <class Acc>
-struct LogSum {
-  Acc largest = -infinity<Acc>(), sum = 0;
-
-  template <int N>
-  __device__ void add(const Acc (&x)[N]) {
-    Acc top = x[0];
-#pragma unroll
-    for (int j = 1; j < N; ++j) top = max(top, x[j]);
-    if (top > largest) raise(top);
-    const Acc origin = largest == -infinity<Acc>() ? Acc(0) : largest;
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum += exp2_of(x[j] - origin);
-  }
-  __device__ void merge(Acc other_largest, Acc other_sum) {
-    if (other_largest > largest) raise(other_largest);
-    if (other_largest > -infinity<Acc>()) other_sum *= exp2_of(other_largest - largest);
-    sum += other_sum;
-  }
-  __device__ void merge_lanes(int bits) {
-    merge(__shfl_xor_sync(kAllLanes, largest, bits), __shfl_xor_sync(kAllLanes, sum, bits));
-  }
-  // log2 of the sum, +inf if it is 0
-  __device__ Acc shift() const { return sum == 0 ? infinity<Acc>() : largest + log2_of(sum); }
-
- private:
-  __device__ void raise(Acc to) {
-    sum *= exp2_of(largest - to);
-    largest = to;
-  }
-};
-
-// query (B,H,N,D), key (B,Hkv,N,D) -> shift (B,H,N):  shift_i = log2 sum_j 2^{x_ij}
-// A block keeps its queries of one head and meets the keys. Each lane follows its own maximum, so that lanes exchange
-// nothing until the end and the rescaling, which is rare, is a branch.
-template <class Tile>
-__global__ void __launch_bounds__(kTileThreads, Tile::kBlocksPerMultiprocessor)
-    lse_kernel(const StreamedRowStep p, const StreamedArrays<typename Tile::Acc> w) {
-  using Acc = typename Tile::Acc;
-  const int64_t query_blocks = (p.tokens + Tile::kStationary - 1) / Tile::kStationary;
-  const int64_t block = query_blocks - 1 - blockIdx.x % query_blocks;  // causal: the longest first
-  const int64_t h = blockIdx.x / query_blocks % p.heads, b = blockIdx.x / query_blocks / p.heads;
-  const int64_t query0 = block * Tile::kStationary;
-  if (!any_active(w, b, query0, Tile::kStationary)) return;
-  const int64_t end = p.causal ? min(p.tokens, query0 + Tile::kStationary) : p.tokens;
-
-  Scores<Tile, false> scores(p, w, dynamic_smem<char>(), b, query0);
-  LogSum<Acc> sums[Tile::kRows];
-  scores.load_stationary(h);
-  scores.load_moving(h, 0, 0);
-  int buffer = 0;
-  for (int64_t key0 = 0; key0 < end; key0 += Tile::kMoving, buffer ^= 1) {
-    scores.tile.wait_moving(buffer);
-    if (key0 + Tile::kMoving < end) scores.load_moving(h, key0 + Tile::kMoving, buffer ^ 1);
-#pragma unroll 1
-    for (int column0 = 0; column0 < Tile::kMoving; column0 += kScoreColumns) {
-      const auto no_shift = [](int, int) { return Acc(0); };
-      scores.logits(h, key0, buffer, column0, no_shift, [&](const auto& x) {
-#pragma unroll
-        for (int i = 0; i < Tile::kRows; ++i) sums[i].add(x[i]);
-      });
-    }
-  }
-
-  Acc* shift = w.shift + (b * p.heads + h) * w.padded + query0;
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    sums[i].merge_lanes(1);
-    sums[i].merge_lanes(2);
-    const int row = Tile::row(i);
-    if (lane_column() == 0) shift[row] = is_active(w, b, query0 + row) ? sums[i].shift() : infinity<Acc>();
-  }
-}
 
 // What a block of the kernels below works on: blockIdx.x = ((b * row groups + group) * slots + slot) * blocks + block.
 struct BlockIndex {
@@ -265,7 +182,7 @@ __device__ void store_sums(typename Tile::Acc (&sums)[R][Tile::kRows], typename 
 // The next tile of queries, from `tile` on, in which some query is needed; `end` if there is none.
 template <class Tile>
 __device__ int64_t next_tile(const StreamedArrays<typename Tile::Acc>& w, int64_t b, int64_t tile, int64_t end) {
-  while (tile < end && !any_active(w, b, tile * Tile::kMoving, Tile::kMoving)) ++tile;
+  while (tile < end && !any_active(w, b, 0, tile * Tile::kMoving, Tile::kMoving)) ++tile;
   return tile;
 }
 
@@ -415,7 +332,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
   Scores<Tile, false> scores(p, w, dynamic_smem<char>(), at.b, at.stationary0);
   Acc sums[1][Tile::kRows] = {};
-  const bool needed = any_active(w, at.b, at.stationary0, Tile::kStationary);
+  const bool needed = any_active(w, at.b, 0, at.stationary0, Tile::kStationary);
   for (int64_t tile = begin; needed && tile < end; ++tile) {
     Acc fused[Tile::kRows][Tile::kColumns];
     fused_probabilities(scores, p, w.shift + at.b * p.heads * w.padded, w.padded, at.stationary0, tile * Tile::kMoving,
@@ -430,15 +347,6 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 }
 
 // ---- streamed from q and k: launchers -------------------------------------------------------------------------------
-
-template <class Tile, class Acc = typename Tile::Acc>
-const char* launch_shift(const StreamedRowStep& p, const StreamedArrays<Acc>& w, void* stream) {
-  if (p.lse)
-    return launch(prepare_lse_kernel<Acc>, blocks_for(p.batch * p.heads * w.padded, kPrepareThreads), kPrepareThreads, 0,
-                  stream, p, w);
-  return launch(lse_kernel<Tile>, unsigned(p.batch * p.heads) * blocks_for(p.tokens, Tile::kStationary), kTileThreads,
-                Scores<Tile, false>::shared_bytes(p.dim), stream, p, w);
-}
 
 template <class Tile, int R, class Acc = typename Tile::Acc>
 const char* launch_columns(const StreamedRowStep& p, const StreamedArrays<Acc>& w, void* stream) {
@@ -455,8 +363,9 @@ const char* launch_extreme_columns(const StreamedRowStep& p, const StreamedArray
     if (const char* error = launch(extreme_row_sums_kernel<Tile>, unsigned(p.batch * w.sum_slots) * key_blocks, kTileThreads,
                                    shared, stream, p, w))
       return error;
-    if (const char* error = launch(normalize_coefficients_kernel<Acc>, blocks_for(p.batch * p.tokens, kPrepareThreads),
-                                   kPrepareThreads, 0, stream, p, w))
+    if (const char* error =
+            launch(normalize_coefficients_kernel<Acc>, blocks_for(p.batch * p.tokens, kPrepareThreads), kPrepareThreads, 0,
+                   stream, w.row_sums, w.coefficient, p.batch, p.n_rows, p.tokens, w.padded, w.sum_slots, p.residual, 1))
       return error;
   }
   const unsigned groups = blocks_for(p.n_rows, kStreamRowGroup);
@@ -469,10 +378,11 @@ template <class Tile, class ExtremeTile, class Acc = typename Tile::Acc>
 const char* launch_streamed(const StreamedRowStep& p, void* stream) {
   StreamedArrays<Acc> w;
   streamed_arrays<Tile, ExtremeTile>(p, static_cast<char*>(p.workspace), w);
-  if (const char* error = launch(prepare_rows_kernel<Acc>, blocks_for(p.batch * w.padded, kPrepareThreads), kPrepareThreads,
-                                 0, stream, p, w))
+  if (const char* error =
+          launch(prepare_rows_kernel<Acc>, blocks_for(p.batch * w.padded, kPrepareThreads), kPrepareThreads, 0, stream,
+                 static_cast<const Acc*>(p.rows), w.coefficient, w.active, p.n_rows, p.tokens, w.padded, p.rows_factor))
     return error;
-  if (const char* error = launch_shift<Tile>(p, w, stream)) return error;
+  if (const char* error = launch_shift(p, w, stream)) return error;
   const char* error = is_extreme(p.fusion) ? launch_extreme_columns<ExtremeTile>(p, w, stream)
                       : p.n_rows == 1      ? launch_columns<Tile, 1>(p, w, stream)
                                            : launch_columns<Tile, kStreamRowGroup>(p, w, stream);
@@ -480,34 +390,6 @@ const char* launch_streamed(const StreamedRowStep& p, void* stream) {
   return launch(sum_partial_kernel<Acc>, unsigned(p.batch * p.n_rows) * blocks_for(p.tokens, kWarp), kReduceWarps * kWarp,
                 kReduceWarps * kWarp * sizeof(Acc), stream, w.partial, static_cast<Acc*>(p.out), w.coefficient, w.padded,
                 w.slots, p.n_rows, p.tokens, p.residual, p.fusion == Fusion::mean ? 1.0 / double(p.heads) : 1.0);
-}
-
-constexpr int64_t kMaxDim = 256;
-constexpr bool kAnyDim = true;
-
-// Calls f(Type<Tile>, Type<ExtremeTile>). D is padded to 64, 128 or 256 elements; max and min, which spend their time on
-// loads, have one instance for every D.
-template <class F>
-auto with_tiles(const StreamedRowStep& p, F f) {
-  const auto half_tiles = [&](auto element) {
-    using T = typename decltype(element)::type;
-    using Extreme = Type<MmaTile<T, 16, 1, 32, kAnyDim>>;
-    if (p.dim <= 64) return f(Type<MmaTile<T, 4, 2, 64>>(), Extreme());
-    if (p.dim <= 128) return f(Type<MmaTile<T, 8, 2, 64>>(), Extreme());
-    return f(Type<MmaTile<T, 16, 1, 64>>(), Extreme());
-  };
-  const auto tf32_tiles = [&] {
-    using Extreme = Type<MmaTile<float, 32, 1, 32, kAnyDim>>;
-    if (p.dim <= 64) return f(Type<MmaTile<float, 8, 2, 64>>(), Extreme());
-    if (p.dim <= 128) return f(Type<MmaTile<float, 16, 1, 64>>(), Extreme());
-    return f(Type<MmaTile<float, 32, 1, 64>>(), Extreme());
-  };
-  switch (p.dtype) {
-    case Dtype::f64: return f(Type<FmaTile<double, 1>>(), Type<FmaTile<double, 1>>());
-    case Dtype::f16: return half_tiles(Type<__half>());
-    case Dtype::bf16: return half_tiles(Type<__nv_bfloat16>());
-    default: return p.tf32 ? tf32_tiles() : f(Type<FmaTile<float, 4>>(), Type<FmaTile<float, 4>>());
-  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Builds csrc/bindings.cpp with the CUDA sources compiled for the CPU emulator, as a second extension module.
+"""Builds csrc/bindings/*.cpp with the CUDA sources compiled for the CPU emulator, as a second extension module.
 
 CPU tensors given to this module run through the CUDA launchers, so every CUDA kernel is tested through the same Python
 signature as the real one. The build is cached by a hash of its sources and flags.
@@ -26,7 +26,8 @@ CXX = os.environ.get("CXX", "g++")
 
 def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
-    return [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp")), *sorted((csrc / "cuda").glob("*.cu"))]
+    folders = ((csrc / "bindings", "*.cpp"), (csrc / "cpu", "*.cpp"), (csrc / "cuda", "*.cu"))
+    return [path for folder, pattern in folders for path in sorted(folder.glob(pattern))]
 
 
 def _flags() -> list[str]:

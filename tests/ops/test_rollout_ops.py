@@ -218,7 +218,7 @@ def test_compiled_module_refuses_what_would_crash() -> None:
         module.fuse_heads(A.int(), *OPTIONS)
     with pytest.raises(ValueError, match="head_fusion"):
         module.fuse_heads(A, "median", 1.0, True)
-    with pytest.raises(ValueError, match="query, key"):
+    with pytest.raises(ValueError, match="key: expected as many keys as queries"):
         module.rollout_rows_qk(Q, K[:, :, :4], R, None, None, None, False, *OPTIONS)
 
 

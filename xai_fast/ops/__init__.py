@@ -4,6 +4,27 @@ Every op runs the compiled kernel for its device, or the PyTorch reference where
 ``torch.compile(fullgraph=True)`` and FakeTensor; and is differentiable (the backward pass differentiates the reference).
 """
 
+from .relevance import (
+    attention_relevance,
+    av_relevance,
+    layer_norm_relevance,
+    linear_relevance,
+    skip_relevance,
+    softmax_relevance,
+    targeted_rows,
+)
 from .rollout import attention_probabilities, fuse_heads, rollout_rows, rollout_rows_qk
 
-__all__ = ["attention_probabilities", "fuse_heads", "rollout_rows", "rollout_rows_qk"]
+__all__ = [
+    "attention_probabilities",
+    "attention_relevance",
+    "av_relevance",
+    "fuse_heads",
+    "layer_norm_relevance",
+    "linear_relevance",
+    "rollout_rows",
+    "rollout_rows_qk",
+    "skip_relevance",
+    "softmax_relevance",
+    "targeted_rows",
+]

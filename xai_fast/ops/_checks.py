@@ -46,12 +46,27 @@ def check_number(x: Any, name: str) -> float:
     return x
 
 
+def check_at_least_zero(x: Any, name: str, what: str = "a number") -> float:
+    """A finite number that is not negative, as a float."""
+    value = check_number(x, name)
+    if value < 0:
+        raise ValueError(f"{name}: expected {what} of at least 0, got {x!r}")
+    return value
+
+
 def check_residual(residual: Any) -> float:
     """The residual weight as a float: finite and not negative."""
-    value = check_number(residual, "residual")
-    if value < 0:
-        raise ValueError(f"residual: expected a weight of at least 0, got {residual!r}")
-    return value
+    return check_at_least_zero(residual, "residual", "a weight")
+
+
+def check_like(x: Any, name: str, shape: tuple[int, ...], like: Tensor) -> None:
+    """A tensor of that shape, with the dtype and the device of `like`."""
+    check_float_tensor(x, name)
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {shape_of(x)}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: expected dtype {like.dtype}, got {x.dtype}")
+    check_same_device(x, name, like.device)
 
 
 def check_attention(attention: Any, name: str = "attention") -> None:
@@ -73,3 +88,44 @@ def check_rows(rows: Any, batch: int, tokens: int, like: Tensor) -> None:
         raise TypeError(f"rows: expected dtype {wanted}, got {rows.dtype}")
     if rows.device != like.device:
         check_same_device(rows, "rows", like.device)
+
+
+def check_query_key(query: Any, key: Any) -> None:
+    check_float_tensor(query, "query")
+    check_float_tensor(key, "key")
+    shape, key_shape = query.shape, key.shape
+    if len(shape) != 4 or 0 in shape[1:]:
+        raise ValueError(f"query: expected shape (B, H, N, D) with H, N, D of at least 1, got {tuple(shape)}")
+    batch, heads, _, dim = shape
+    if len(key_shape) != 4 or key_shape[0] != batch or key_shape[3] != dim or not key_shape[1] or heads % key_shape[1]:
+        wanted = f"({batch}, Hkv, N, {dim}) with Hkv a divisor of {heads}"
+        raise ValueError(f"key: expected shape {wanted}, got {tuple(key_shape)}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: expected dtype {query.dtype}, as query, got {key.dtype}")
+    check_same_device(key, "key", query.device)
+
+
+def check_mask(mask: Any, query: Tensor, keys: int) -> Tensor:
+    """The mask with four dimensions, still broadcastable to (B, H, Nq, Nk)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        check_float_tensor(mask, "attn_mask (not boolean)")
+    check_same_device(mask, "attn_mask", query.device)
+    batch, heads, queries, _ = query.shape
+    wanted = (batch, heads, queries, keys)
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) != 4 or any(m not in (1, w) for m, w in zip(shape, wanted, strict=True)):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {wanted}, got {shape_of(mask)}")
+    return mask.reshape(shape) if mask.dim() != 4 else mask
+
+
+def check_scale(scale: Any) -> float | None:
+    return None if scale is None else check_number(scale, "scale")
+
+
+def check_lse(lse: Any, query: Tensor) -> None:
+    check_float_tensor(lse, "lse")
+    if lse.shape != query.shape[:3]:
+        raise ValueError(f"lse: expected shape (B, H, N) = {shape_of(query)[:3]}, got {shape_of(lse)}")
+    check_same_device(lse, "lse", query.device)

@@ -46,7 +46,7 @@ class Op:
         _backend.warn_fallback(args[0].device.type)
         return self.reference(*args)
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler differentiates the reference itself
             return self.reference(*args) if _wants_gradient(args) else self.overload(*args)
         if self.kernel is not None and _backend.C.callable_directly(args):
@@ -64,7 +64,7 @@ class _Recompute(torch.autograd.Function):
     """Forward by the op, backward by differentiating the reference: nothing but the inputs is kept in between."""
 
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Tensor], reference: Callable[..., Tensor], *args: Any) -> Tensor:
+    def forward(ctx: Any, op: Callable[..., Any], reference: Callable[..., Any], *args: Any) -> Any:
         ctx.reference = reference
         ctx.places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
@@ -73,7 +73,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Any, ...]:
         args = list(ctx.constants)
         wanted = []
         for i, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
@@ -83,7 +83,10 @@ class _Recompute(torch.autograd.Function):
                 wanted.append(i)
         with torch.enable_grad():
             out = ctx.reference(*args)
-        grads = torch.autograd.grad(out, [args[i] for i in wanted], grad)
+        outs = out if isinstance(out, tuple) else (out,)
+        pairs = [(o, g) for o, g in zip(outs, grad, strict=True) if o.requires_grad]
+        differentiable, upstream = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(differentiable, [args[i] for i in wanted], upstream, allow_unused=True)
         result: list[Any] = [None] * (2 + len(args))
         for i, g in zip(wanted, grads, strict=True):
             result[2 + i] = g

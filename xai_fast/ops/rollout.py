@@ -146,55 +146,14 @@ def fuse_heads(attention: Tensor, *, head_fusion: str = "mean", residual: float 
     return _fuse_heads(attention, head_fusion, residual, bool(normalize))
 
 
-def _check_query_key(query: Any, key: Any) -> None:
-    check.check_float_tensor(query, "query")
-    check.check_float_tensor(key, "key")
-    shape, key_shape = query.shape, key.shape
-    if len(shape) != 4 or 0 in shape[1:]:
-        raise ValueError(f"query: expected shape (B, H, N, D) with H, N, D of at least 1, got {tuple(shape)}")
-    batch, heads, _, dim = shape
-    if len(key_shape) != 4 or key_shape[0] != batch or key_shape[3] != dim or not key_shape[1] or heads % key_shape[1]:
-        wanted = f"({batch}, Hkv, N, {dim}) with Hkv a divisor of {heads}"
-        raise ValueError(f"key: expected shape {wanted}, got {tuple(key_shape)}")
-    if key.dtype != query.dtype:
-        raise TypeError(f"key: expected dtype {query.dtype}, as query, got {key.dtype}")
-    check.check_same_device(key, "key", query.device)
-
-
 def _check_streamed(query: Any, key: Any, rows: Any) -> None:
-    _check_query_key(query, key)
+    check.check_query_key(query, key)
     batch, _, tokens, _ = query.shape
     if key.shape[2] != tokens:
         raise ValueError(
             f"key: rollout needs as many keys as queries ({tokens}), got {key.shape[2]} (a cache, or cross-attention?)"
         )
     check.check_rows(rows, batch, tokens, query)
-
-
-def _check_mask(mask: Any, query: Tensor, keys: int) -> Tensor:
-    """The mask with four dimensions, still broadcastable to (B, H, Nq, Nk)."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        check.check_float_tensor(mask, "attn_mask (not boolean)")
-    check.check_same_device(mask, "attn_mask", query.device)
-    batch, heads, queries, _ = query.shape
-    wanted = (batch, heads, queries, keys)
-    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(shape) != 4 or any(m not in (1, w) for m, w in zip(shape, wanted, strict=True)):
-        raise ValueError(f"attn_mask: expected a shape that broadcasts to {wanted}, got {check.shape_of(mask)}")
-    return mask.reshape(shape) if mask.dim() != 4 else mask
-
-
-def _check_scale(scale: Any) -> float | None:
-    return None if scale is None else check.check_number(scale, "scale")
-
-
-def _check_lse(lse: Any, query: Tensor) -> None:
-    check.check_float_tensor(lse, "lse")
-    if lse.shape != query.shape[:3]:
-        raise ValueError(f"lse: expected shape (B, H, N) = {check.shape_of(query)[:3]}, got {check.shape_of(lse)}")
-    check.check_same_device(lse, "lse", query.device)
 
 
 def rollout_rows_qk(
@@ -264,11 +223,11 @@ def rollout_rows_qk(
         _check_streamed(query, key, rows)
     check.check_head_fusion(head_fusion)
     residual = check.check_residual(residual)
-    scale = _check_scale(scale)
+    scale = check.check_scale(scale)
     if attn_mask is not None:
-        attn_mask = _check_mask(attn_mask, query, query.shape[2])
+        attn_mask = check.check_mask(attn_mask, query, query.shape[2])
     if lse is not None:
-        _check_lse(lse, query)
+        check.check_lse(lse, query)
     options = (attn_mask, lse, scale, bool(is_causal), head_fusion, residual, bool(normalize))
     if query.is_cuda and query.shape[3] > CUDA_MOST_DIM:
         return reference.rollout_rows_qk(query, key, rows, *options)
@@ -309,8 +268,8 @@ def attention_probabilities(
     tensor([[[[1.0000, 0.0000],
               [0.5000, 0.5000]]]])
     """
-    _check_query_key(query, key)
+    check.check_query_key(query, key)
     if attn_mask is not None:
-        attn_mask = _check_mask(attn_mask, query, key.shape[2])
-    out = reference.attention_probabilities(query, key, attn_mask, None, _check_scale(scale), bool(is_causal))
+        attn_mask = check.check_mask(attn_mask, query, key.shape[2])
+    out = reference.attention_probabilities(query, key, attn_mask, None, check.check_scale(scale), bool(is_causal))
     return out.to(query.dtype)

@@ -1,0 +1,21 @@
+// Sizes of the blocks in which the CPU kernels walk over queries and keys, and small arithmetic on sizes.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../types.h"
+
+namespace xai {
+
+constexpr double kLog2e = 1.4426950408889634;
+
+// Columns of a packed key panel: a multiple of every body's register tile.
+constexpr int64_t kPanelBytes = 128;
+inline int64_t panel_columns_of(int64_t element_bytes) { return kPanelBytes / element_bytes; }
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t pieces_of(int64_t x, int64_t size) { return (x + size - 1) / size; }
+
+inline int64_t accumulate_bytes(Dtype d) { return d == Dtype::f64 ? 8 : 4; }
+
+}  // namespace xai
