@@ -8,7 +8,7 @@ the leading dimensions of the scores; they are brought to (B, H, N, d) only when
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .. import ops
 from .._dtypes import accumulate_dtype
+
+if TYPE_CHECKING:
+    from ._gradients import Tap
 
 __all__ = [
     "CannotKeepError",
@@ -127,6 +130,7 @@ class CapturedLayer:
     def __init__(self, name: str, lead: tuple[int, ...], queries: int, keys: int, num_heads: int | None) -> None:
         self.index = -1
         self.name = name
+        self.tap: Tap | None = None
         self._lead = lead
         self._size = queries, keys
         self._num_heads = num_heads
@@ -155,6 +159,12 @@ class CapturedLayer:
     def advance(self, rows: Tensor, *, head_fusion: str, residual: float, normalize: bool) -> Tensor:
         """rows (B, R, N) times norm(residual I + fuse_h A), without building A if that can be avoided."""
         raise NotImplementedError
+
+    def as_batch_heads(self, tensor: Tensor, *, grouped: bool = False) -> Tensor:
+        """A tensor with the leading dimensions of the scores as (B, H, ., .); heads that are shared stay so if `grouped`."""
+        batch, heads = self.shape[:2]
+        found = _as_batch_heads(tensor, self._lead, batch, heads, grouped=grouped)
+        return found.expand(batch, found.shape[1] if grouped else heads, -1, -1)
 
     def describe(self) -> str:
         """Name for error messages."""
@@ -222,13 +232,10 @@ class QueryKeyLayer(CapturedLayer):
             # From here on the layer holds q and k instead of the input and the weights they come from.
             query, key = self._source.project(self.describe())
             self._source = (keep(query), keep(key))
-        batch, heads = self.shape[:2]
         kept_query, kept_key = self._source
         query = kept_query.get(f"the query of {self.describe()}")
         key = kept_key.get(f"the key of {self.describe()}")
-        query = _as_batch_heads(query, self._lead, batch, heads).expand(batch, heads, -1, -1)
-        key = _as_batch_heads(key, self._lead, batch, heads, grouped=True).expand(batch, -1, -1, -1)
-        return query, key
+        return self.as_batch_heads(query), self.as_batch_heads(key, grouped=True)
 
     def attn_mask(self) -> Tensor | None:
         """The mask as F.scaled_dot_product_attention takes it, broadcastable to (B, H, Nq, Nk)."""

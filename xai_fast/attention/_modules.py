@@ -29,7 +29,7 @@ from ._layers import (
     keep_owned,
 )
 
-__all__ = ["ModuleWrappers", "Session", "record_attention_forward"]
+__all__ = ["ModuleWrappers", "Session", "carries_gradient", "record_attention_forward"]
 
 # wrapper(module, original, args, kwargs) -> what the original returned
 Wrapper = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -53,7 +53,16 @@ class Session(Protocol):
     def listens(self) -> bool:
         """Whether this thread is the one that captures."""
 
-    def emit(self, build: Callable[[str], CapturedLayer], module: nn.Module | None = None) -> None: ...
+    def emit(self, build: Callable[[str], CapturedLayer], module: nn.Module | None = None) -> CapturedLayer | None: ...
+
+
+def carries_gradient(args: Any, kwargs: Any, module: nn.Module | None = None) -> bool:
+    """Whether a call records a graph. torch.nn's modules then leave their fused path, and may run with the mode in place."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    parameters = [] if module is None else module.parameters()
+    return any(x.requires_grad for x in (*tensors, *parameters))
 
 
 class ModuleWrappers:
@@ -164,6 +173,8 @@ class ModuleWrappers:
 
     def _attention(self, module: nn.MultiheadAttention, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._attention_calls += 1
+        if carries_gradient(args, kwargs, module):
+            return original(*args, **kwargs)
         with self._session.suspended():
             out = original(*args, **kwargs)
         arguments = _attention_arguments(*args, **kwargs)
@@ -173,6 +184,8 @@ class ModuleWrappers:
     def _encoder_layer(
         self, module: nn.TransformerEncoderLayer, original: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
+        if carries_gradient(args, kwargs, module):
+            return original(*args, **kwargs)
         calls = self._attention_calls
         with self._session.suspended():
             out = original(*args, **kwargs)
@@ -182,6 +195,8 @@ class ModuleWrappers:
         return out
 
     def _encoder(self, module: nn.TransformerEncoder, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if carries_gradient(args, kwargs, module):
+            return original(*args, **kwargs)
         source = args[0] if args else kwargs["src"]
         outer = self._session.pad_to
         # The encoder may turn padded sequences into nested ones; its layers then do not know the padded

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import string
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._gradients import ProbabilityTap
 from ._layers import CapturedLayer, Kept, ProbabilityLayer, QueryKeyLayer, Term, keep, keep_owned
 
 __all__ = ["FOLLOWERS", "STARTERS", "Handler", "Probabilities", "ScoreTracker", "Scores"]
@@ -47,6 +49,7 @@ class Probabilities:
     """The result of a softmax: committed already, or kept in case it meets a value."""
 
     pending: Kept | None
+    tap: ProbabilityTap | None = None
 
 
 class ScoreTracker:
@@ -60,9 +63,14 @@ class ScoreTracker:
         Heads folded in the leading dimension of 3-D scores.
     """
 
-    def __init__(self, emit: Callable[[Callable[[str], CapturedLayer]], None], num_heads: int | None) -> None:
+    def __init__(
+        self, emit: Callable[[Callable[[str], CapturedLayer]], CapturedLayer | None], num_heads: int | None
+    ) -> None:
         self.emit = emit
         self.num_heads = num_heads
+        # The capturing mode, and what makes a backward pass one for relevance while rules are woven into the forward pass.
+        self.mode: Any = None
+        self.relevance_pass: Any = None
         self.notes: dict[int, tuple[weakref.ref[Tensor], int, Scores | Probabilities]] = {}
 
     def clear(self) -> None:
@@ -105,14 +113,14 @@ class ScoreTracker:
             if tensor.untyped_storage().data_ptr() == storage:
                 self.notes.pop(key, None)
 
-    def commit_scores(self, scores: Scores, lead: tuple[int, ...]) -> None:
+    def commit_scores(self, scores: Scores, probabilities: Tensor) -> None:
         query, key = scores.query.tensor, scores.key.tensor
-        self.emit(
+        layer = self.emit(
             lambda name: QueryKeyLayer(
                 name,
                 "matmul",
                 (keep_owned(query), keep_owned(key)),
-                lead=lead,
+                lead=tuple(probabilities.shape[:-2]),
                 queries=query.shape[-2],
                 keys=key.shape[-2],
                 scale=scores.scale,
@@ -120,12 +128,28 @@ class ScoreTracker:
                 num_heads=self.num_heads,
             )
         )
+        if layer is not None:
+            layer.tap = self.tap(probabilities)
 
     def commit_probabilities(self, probabilities: Probabilities) -> None:
         kept = probabilities.pending
         if kept is not None:
             probabilities.pending = None
-            self.emit(lambda name: ProbabilityLayer(name, kept, self.num_heads))
+            layer = self.emit(lambda name: ProbabilityLayer(name, kept, self.num_heads))
+            if layer is not None:
+                layer.tap = probabilities.tap
+
+    @contextmanager
+    def folding(self, num_heads: int) -> Iterator[None]:
+        """3-D scores inside have `num_heads` heads in their leading dimension."""
+        before, self.num_heads = self.num_heads, num_heads
+        try:
+            yield
+        finally:
+            self.num_heads = before
+
+    def tap(self, probabilities: Tensor) -> ProbabilityTap | None:
+        return ProbabilityTap(probabilities, self.relevance_pass) if probabilities.requires_grad else None
 
 
 def _version(tensor: Any) -> int:
@@ -459,10 +483,10 @@ def _softmax(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, k
     if not isinstance(out, Tensor) or out.ndim < 3 or dim not in (-1, out.ndim - 1):
         return out
     if isinstance(note, Scores):
-        tracker.commit_scores(note, tuple(out.shape[:-2]))
+        tracker.commit_scores(note, out)
         tracker.note(out, Probabilities(None))
     else:
-        tracker.note(out, Probabilities(keep(out)))
+        tracker.note(out, Probabilities(keep(out), tracker.tap(out)))
     return out
 
 

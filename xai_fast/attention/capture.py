@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Literal
@@ -21,8 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._interception import opened, uncompiled
+from ..lrp._mode import RelevanceMode
+from ..lrp.composite import Composite, as_composite
+from ._gradients import OutputTap
 from ._layers import CannotKeepError, CapturedLayer, LostLayer, QueryKeyLayer, Term, keep, keep_owned
-from ._modules import ModuleWrappers, record_attention_forward
+from ._modules import ModuleWrappers, carries_gradient, record_attention_forward
 from ._scores import FOLLOWERS, STARTERS, Handler, ScoreTracker
 from .record import AttentionRecord
 
@@ -36,6 +40,7 @@ class _CaptureMode(TorchFunctionMode):
         super().__init__()
         self._tracker = tracker
         self._notes = tracker.notes
+        tracker.mode = self
 
     def __torch_function__(
         self,
@@ -58,12 +63,13 @@ def _fused_attention(
     tracker: ScoreTracker, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     out = func(*args, **kwargs)
-    _record_fused(tracker, *args, **kwargs)
+    _record_fused(tracker, out, *args, **kwargs)
     return out
 
 
 def _record_fused(
     tracker: ScoreTracker,
+    out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -80,7 +86,7 @@ def _record_fused(
     terms: tuple[Term, ...] = ()
     if attn_mask is not None:
         terms = (Term("keep" if attn_mask.dtype == torch.bool else "add", keep(attn_mask), 1.0),)
-    tracker.emit(
+    layer = tracker.emit(
         lambda name: QueryKeyLayer(
             name,
             "sdpa",
@@ -94,11 +100,17 @@ def _record_fused(
             num_heads=tracker.num_heads,
         )
     )
+    if layer is not None and out.requires_grad:
+        layer.tap = OutputTap(value, out, tracker.relevance_pass)
 
 
 def _attention_forward(
     tracker: ScoreTracker, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
+    if carries_gradient(args, kwargs):
+        # Its own attention is then seen, with its graph; it may fold the heads into the batch.
+        with tracker.mode, tracker.folding(args[4] if len(args) > 4 else kwargs["num_heads"]):
+            return opened(func)(*args, **kwargs)
     out = func(*args, **kwargs)
     tracker.emit(record_attention_forward(*args, **kwargs))
     return out
@@ -115,7 +127,7 @@ _ALL_HANDLERS: dict[Callable[..., Any], Handler] = {**FOLLOWERS, **_FIRST_HANDLE
 class _Session:
     """One activation of the context: the mode, the wrappers and the record that they fill."""
 
-    def __init__(self, model: nn.Module, keep_all: bool, num_heads: int | None) -> None:
+    def __init__(self, model: nn.Module, keep_all: bool, num_heads: int | None, composite: Composite) -> None:
         self.record = AttentionRecord(keep_all)
         self.tracker = ScoreTracker(self.emit, num_heads)
         self.pad_to: int | None = None
@@ -127,8 +139,12 @@ class _Session:
         self._methods: dict[int, tuple[CodeType, bool]] = {}
         self._thread = threading.get_ident()
         self._mode = _CaptureMode(self.tracker)
+        # Modes of this session on the stack, lowest first: the rules of relevance during a forward pass with gradients.
+        self._modes: list[TorchFunctionMode] = [self._mode]
+        self._modules = [module for _, module in named]
+        self._composite = composite
         self._is_suspended = False
-        self._wrappers = ModuleWrappers(model, [module for _, module in named], self)
+        self._wrappers = ModuleWrappers(model, self._modules, self)
         self._hooks: list[Any] = []
         self._stance: Any = None
         # How many calls of the model are running.
@@ -144,7 +160,8 @@ class _Session:
                     self._model.register_forward_pre_hook(lambda *_: self.begin_pass()),
                     self._model.register_forward_hook(lambda *_: self.end_pass(), always_call=True),
                 ]
-            self._stance = _uncompiled()
+            self._stance = uncompiled()
+            self._stance.__enter__()
         except BaseException:
             self._detach()
             raise
@@ -174,20 +191,37 @@ class _Session:
         if not self.record._keep_all:
             passes.clear()
         passes.append([])
+        if self._depth == 1 and torch.is_grad_enabled() and not any(module.training for module in self._modules):
+            self._weave_rules()
 
     def end_pass(self) -> None:
-        if self.listens():
-            self._depth = max(self._depth - 1, 0)
+        if not self.listens():
+            return
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0 and len(self._modes) > 1:
+            self._set_modes([self._mode])
+            self.tracker.relevance_pass = None
 
-    def emit(self, build: Callable[[str], CapturedLayer], module: nn.Module | None = None) -> None:
+    def _weave_rules(self) -> None:
+        """Let the graph of this pass serve relevance passes too; forward values and true gradients stay as they are."""
+        rules = RelevanceMode(self._composite, switchable=True)
+        self._set_modes([rules, self._mode])
+        self.tracker.relevance_pass = rules.state.relevance_pass
+
+    def _set_modes(self, modes: list[TorchFunctionMode]) -> None:
+        above = _pop_all(self._modes)
+        self._modes = modes
+        _push([*modes, *above])
+
+    def emit(self, build: Callable[[str], CapturedLayer], module: nn.Module | None = None) -> CapturedLayer | None:
         # Gradient checkpointing runs the forward pass again during backward.
         if torch._C._current_graph_task_id() != -1:
-            return
+            return None
         name = self._names[id(module)] if module is not None else self._running_module()
         if name is None:
             # Attention of something else, unless the model calls it from where no module can be seen.
             if self._depth == 0:
-                return
+                return None
             name = ""
         passes = self.record._passes
         if not passes:
@@ -199,6 +233,7 @@ class _Session:
             layer = LostLayer(name, str(reason))
         layer.index = len(passes[-1])
         passes[-1].append(layer)
+        return layer
 
     def _running_module(self) -> str | None:
         """Path of the innermost module of the model on the call stack, None if there is none."""
@@ -217,13 +252,12 @@ class _Session:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Take the mode off the stack, below whatever the caller has put on top of it."""
-        # Off the stack already: in another wrapper, or under a function that this mode passed on, such as
-        # backward().
+        """Take the modes of this session off the stack, below whatever the caller has put on top of them."""
+        # Off the stack already: in another wrapper, or under a function that the mode passed on, such as backward().
         if not _is_on_stack(self._mode):
             yield
             return
-        above = _pop_until(self._mode)
+        above = _pop_all(self._modes)
         _push(above)
         self._is_suspended = True
         try:
@@ -232,7 +266,7 @@ class _Session:
             self._is_suspended = False
             for _ in above:
                 torch._C._pop_torch_function_stack()
-            _push([self._mode, *above])
+            _push([*self._modes, *above])
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
@@ -240,11 +274,12 @@ class _Session:
             yield
             return
         self._is_suspended = False
-        _push([self._mode])
+        _push(self._modes)
         try:
             yield
         finally:
-            torch._C._pop_torch_function_stack()
+            for _ in self._modes:
+                torch._C._pop_torch_function_stack()
             self._is_suspended = True
 
 
@@ -253,25 +288,24 @@ def _is_method_of_others(frame: FrameType) -> bool:
     return frame.f_code.co_varnames[:1] == ("self",) and frame.f_globals.get("__package__") != __package__
 
 
-def _uncompiled() -> Any:
-    """Have compiled modules run as they were written: a compiler cannot trace through our function mode."""
-    # Nothing can be compiled where the compiler was never imported, which takes a second.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
-
-
 def _is_on_stack(mode: TorchFunctionMode) -> bool:
     return any(torch._C._get_function_stack_at(i) is mode for i in range(torch._C._len_torch_function_stack()))
 
 
-def _pop_until(mode: TorchFunctionMode) -> list[Any]:
-    """Pop the stack of function modes down to and with `mode`; the modes above it, lowest first."""
-    above: list[Any] = []
-    while (top := torch._C._pop_torch_function_stack()) is not mode:
-        above.insert(0, top)
-    return above
+def _pop_all(modes: list[TorchFunctionMode]) -> list[Any]:
+    """Pop the stack of function modes down to and with `modes`; the others that were popped, lowest first."""
+    others: list[Any] = []
+    left = list(modes)
+    while left:
+        top = torch._C._pop_torch_function_stack()
+        if top is left[-1]:
+            left.pop()
+        else:
+            others.insert(0, top)
+    return others
 
 
-def _push(modes: list[Any]) -> None:
+def _push(modes: Sequence[Any]) -> None:
     for mode in modes:
         torch._C._push_on_torch_function_stack(mode)
 
@@ -279,14 +313,15 @@ def _push(modes: list[Any]) -> None:
 class AttentionCapture:
     """The context manager of :func:`capture_attention`; every `with` gives a new record."""
 
-    def __init__(self, model: nn.Module, keep_all: bool, num_heads: int | None) -> None:
+    def __init__(self, model: nn.Module, keep_all: bool, num_heads: int | None, composite: Composite) -> None:
         self._model = model
         self._keep_all = keep_all
         self._num_heads = num_heads
+        self._composite = composite
         self._sessions: list[_Session] = []
 
     def __enter__(self) -> AttentionRecord:
-        session = _Session(self._model, self._keep_all, self._num_heads)
+        session = _Session(self._model, self._keep_all, self._num_heads, self._composite)
         session.start()
         self._sessions.append(session)
         return session.record
@@ -296,7 +331,11 @@ class AttentionCapture:
 
 
 def capture_attention(
-    model: nn.Module, *, keep: Literal["last", "all"] = "last", num_heads: int | None = None
+    model: nn.Module,
+    *,
+    keep: Literal["last", "all"] = "last",
+    num_heads: int | None = None,
+    rule: str | Composite = "attnlrp",
 ) -> AttentionCapture:
     """Capture the attention of a model as it is, while it runs inside a ``with`` block.
 
@@ -320,19 +359,22 @@ def capture_attention(
     num_heads : int, optional
         For attention over 3-D tensors: how many heads are folded in the leading dimension (B * H). By default
         1, so that every leading index counts as a batch entry.
+    rule : str or Composite
+        Rules of ``record.relevance(..., method="lrp")``, as in :func:`xai_fast.lrp.attribute`.
 
     Returns
     -------
     context manager
-        Gives an :class:`AttentionRecord` with ``rollout``, ``attentions``, ``layers`` and ``passes``. Entered
-        again, it gives a new record.
+        Gives an :class:`AttentionRecord` with ``rollout``, ``attentions``, ``layers`` and ``passes``; after a forward pass
+        with gradients also ``relevance``, ``signed_attention`` and ``weighted_attentions``. Entered again, it gives a new
+        record.
 
     Raises
     ------
     TypeError
-        `model` is no nn.Module; num_heads is no int.
+        `model` is no nn.Module; num_heads is no int; `rule` is no rule.
     ValueError
-        An unknown `keep`; num_heads below 1.
+        An unknown `keep` or `rule`; num_heads below 1.
 
     Notes
     -----
@@ -360,4 +402,4 @@ def capture_attention(
             raise TypeError(f"num_heads: expected an int or None, got {type(num_heads).__name__}")
         if num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
-    return AttentionCapture(model, keep == "all", num_heads)
+    return AttentionCapture(model, keep == "all", num_heads, as_composite(rule))

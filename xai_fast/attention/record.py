@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
 from ..ops.rollout import MANY_ROWS
+from ._gradients import Tap, check_score, layer_gradients
 from ._layers import CapturedLayer
 from .rollout import (
     Token,
@@ -173,6 +175,173 @@ class AttentionRecord:
                 _raise_nan(wanted)
         return finish(rows, token, wanted[-1].dtype)
 
+    def relevance(
+        self,
+        score: Tensor,
+        token: Token = 0,
+        *,
+        method: Literal["gradient", "lrp"] = "gradient",
+        head_fusion: str = "mean",
+        clamp: bool = True,
+        residual: float = 1.0,
+        normalize: bool = False,
+        start_layer: int = 0,
+        layers: Layers = None,
+        forward: int = -1,
+    ) -> Tensor:
+        """Targeted relevance of every token for a score: rollout of attention weighted by its gradient.
+
+        .. math:: C = \\bar A^{(L)} \\cdots \\bar A^{(1)}, \\qquad
+                  \\bar A = w I + \\mathrm{mean}_h \\max(0, \\nabla A_h \\circ W_h)
+
+        with W = A ("gradient") or the relevance of A under AttnLRP ("lrp"). Rows for chosen tokens are streamed: no
+        attention matrix is built unless the model writes its attention out itself.
+
+        Parameters
+        ----------
+        score : Tensor, scalar, (B,) or (B, K)
+            What to explain, such as ``logits[:, 281]``, with its graph. Samples of a batch must not mix in the model. K
+            targets take K backward passes. The graph is kept, so that other scores can follow.
+        token, start_layer, layers, forward
+            As in :meth:`rollout`. ``token=None`` builds the matrices of one layer at a time.
+        method : {"gradient", "lrp"}
+            One backward pass; or two, for the gradient and for the relevance. "lrp" needs the model in evaluation mode.
+        head_fusion : {"mean", "sum"}
+        clamp : bool
+            Take the positive part before the heads are fused. The lecture's variant is ``head_fusion="sum", clamp=False``.
+        residual : float
+            Weight w of the identity.
+        normalize : bool
+            Divide each row of the matrix of a layer by its sum.
+
+        Returns
+        -------
+        Tensor
+            (B, N) for one token, (B, T, N) for several, (B, N, N) for None; for a (B, K) score with K after B.
+
+        Raises
+        ------
+        TypeError
+            ``score`` is no floating tensor; a wrong type of another argument.
+        ValueError
+            No attention was seen; the score has no graph, a wrong shape, or does not depend on a chosen layer; the forward
+            pass ran without gradients; an unknown method or fusion; a token or layer out of range.
+
+        Notes
+        -----
+        Source: "gradient", Chefer et al. (2021), "Generic Attention-model Explainability", eq. 5 and 6; "lrp", Chefer et al.
+        (2021), "Transformer Interpretability Beyond Attention Visualization", eq. 13, with AttnLRP (Achtibat et al. 2024)
+        for the relevance. The gradients of all layers, O(L N D), are held until the rows have passed.
+
+        Examples
+        --------
+        >>> import torch, xai_fast as xf
+        >>> layer = torch.nn.TransformerEncoderLayer(8, nhead=2, batch_first=True).eval()
+        >>> with xf.capture_attention(layer) as record:
+        ...     out = layer(torch.randn(1, 3, 8))
+        >>> record.relevance(out[:, 0, 0], token=0).shape
+        torch.Size([1, 3])
+        """
+        if method not in ("gradient", "lrp"):
+            raise ValueError(f"method: expected 'gradient' or 'lrp', got {method!r}")
+        chosen = self._chosen(layers, forward)
+        batch, tokens = _common_shape(chosen)
+        indices = token_indices(token, tokens)
+        wanted = chosen[check_start_layer(start_layer, len(chosen)) :]
+        if head_fusion not in ("mean", "sum"):
+            raise ValueError(f"head_fusion: expected 'mean' or 'sum', got {head_fusion!r}")
+        residual = check.check_residual(residual)
+        options = {"head_fusion": head_fusion, "clamp": bool(clamp), "residual": residual, "normalize": bool(normalize)}
+        found = []
+        for scalar in check_score(score, "score", batch):
+            grads = layer_gradients(scalar, wanted, "score")
+            modified = layer_gradients(scalar, wanted, "score", relevance=True) if method == "lrp" else [None] * len(wanted)
+            with _plain_torch(wanted):
+                rows = _roll_targeted(wanted, grads, modified, indices, batch, tokens, options)
+            found.append(finish(rows, token, wanted[-1].dtype))
+        return torch.stack(found, dim=1) if score.dim() == 2 else found[0]
+
+    def weighted_attentions(
+        self, score: Tensor, *, method: Literal["gradient", "lrp"] = "gradient", layers: Layers = None, forward: int = -1
+    ) -> tuple[Tensor, ...]:
+        """The matrices behind :meth:`relevance`, before clamping and fusion: dA o A, or dA o R_A.
+
+        Parameters
+        ----------
+        score, method, layers, forward
+            As in :meth:`relevance`; the score is a scalar or (B,).
+
+        Returns
+        -------
+        tuple of Tensor
+            One (B, H, Nq, Nk) per layer. Cross-attention is included.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`relevance`.
+
+        Examples
+        --------
+        >>> import torch, xai_fast as xf
+        >>> layer = torch.nn.TransformerEncoderLayer(8, nhead=2, batch_first=True).eval()
+        >>> with xf.capture_attention(layer) as record:
+        ...     out = layer(torch.randn(1, 3, 8))
+        >>> record.weighted_attentions(out[:, 0, 0])[0].shape
+        torch.Size([1, 2, 3, 3])
+        """
+        if method not in ("gradient", "lrp"):
+            raise ValueError(f"method: expected 'gradient' or 'lrp', got {method!r}")
+        chosen = self._chosen(layers, forward)
+        scalar = _one_scalar(score, "score", chosen)
+        grads = layer_gradients(scalar, chosen, "score")
+        modified = layer_gradients(scalar, chosen, "score", relevance=True) if method == "lrp" else [None] * len(chosen)
+        with _plain_torch(chosen):
+            return tuple(_tap(layer).weights(layer, g, m) for layer, g, m in zip(chosen, grads, modified, strict=True))
+
+    def signed_attention(self, loss: Tensor, *, layers: Layers = None, forward: int = -1) -> tuple[Tensor, ...]:
+        """Signed attention of every head and key: how much attending the key lowers the loss.
+
+        .. math:: a_{hj} = -\\sum_i \\frac{\\partial L}{\\partial A_{hij}} A_{hij}
+
+        Positive: the attention that goes to key j speaks for what the loss rewards. Streamed, without attention matrices.
+
+        Parameters
+        ----------
+        loss : Tensor, scalar or (B,)
+            With its graph, which is kept.
+        layers, forward
+            As in :meth:`rollout`.
+
+        Returns
+        -------
+        tuple of Tensor
+            One (B, H, Nk) per layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`relevance`.
+
+        Notes
+        -----
+        The sum over queries equals -V_j . (A^T dO)_j. Source: gradient x attention, Serrano & Smith (2019), "Is Attention
+        Interpretable?", with the sign of the loss.
+
+        Examples
+        --------
+        >>> import torch, xai_fast as xf
+        >>> layer = torch.nn.TransformerEncoderLayer(8, nhead=2, batch_first=True).eval()
+        >>> with xf.capture_attention(layer) as record:
+        ...     out = layer(torch.randn(1, 3, 8))
+        >>> record.signed_attention(out[:, 0, 0])[0].shape
+        torch.Size([1, 2, 3])
+        """
+        chosen = self._chosen(layers, forward)
+        grads = layer_gradients(_one_scalar(loss, "loss", chosen), chosen, "loss")
+        with _plain_torch(chosen):
+            return tuple(-_tap(layer).signed(layer, grad) for layer, grad in zip(chosen, grads, strict=True))
+
     def _chosen(self, layers: Layers, forward: int) -> list[CapturedLayer]:
         if isinstance(forward, bool) or not isinstance(forward, int):
             raise TypeError(f"forward: expected an int, got {type(forward).__name__}")
@@ -242,6 +411,49 @@ def _remedy(layers: list[CapturedLayer]) -> str:
     if not groups:
         return "run the whole sequence in one forward pass without a cache (use_cache=False)"
     return f"choose some that fit, such as layers={max(groups.values(), key=len)}"
+
+
+def _tap(layer: CapturedLayer) -> Tap:
+    assert layer.tap is not None
+    return layer.tap
+
+
+def _one_scalar(score: Any, name: str, layers: list[CapturedLayer]) -> Tensor:
+    for layer in layers:
+        layer.check()
+    scalars = check_score(score, name, layers[0].shape[0])
+    if score.dim() == 2:
+        raise ValueError(f"{name}: expected a scalar or ({layers[0].shape[0]},), got shape {tuple(score.shape)}")
+    return scalars[0]
+
+
+def _roll_targeted(
+    layers: list[CapturedLayer],
+    grads: Sequence[Tensor],
+    modified: Sequence[Tensor | None],
+    indices: list[int] | None,
+    batch: int,
+    tokens: int,
+    options: dict[str, Any],
+) -> Tensor:
+    many = indices is None or len(indices) >= MANY_ROWS
+    rows = None if indices is None else _start(layers, indices, batch, tokens)
+    for layer, grad, other in reversed(list(zip(layers, grads, modified, strict=True))):
+        if rows is not None:
+            rows = rows.to(layer.device, accumulate_dtype(layer.dtype))
+        if not many and rows is not None:
+            rows = _tap(layer).advance(layer, rows, grad, other, options)
+            continue
+        weights = _tap(layer).weights(layer, grad, other)
+        matrix = ops.fuse_heads(
+            weights.clamp(min=0) if options["clamp"] else weights,
+            head_fusion=options["head_fusion"],
+            residual=options["residual"],
+            normalize=options["normalize"],
+        ).to(accumulate_dtype(layer.dtype))
+        rows = matrix if rows is None else torch.bmm(rows, matrix)
+    assert rows is not None
+    return rows
 
 
 def _roll_rows(layers: list[CapturedLayer], indices: list[int], batch: int, tokens: int, options: dict[str, Any]) -> Tensor:
