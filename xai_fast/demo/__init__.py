@@ -1,5 +1,5 @@
-"""``python -m xai_fast demo``: attention rollout of real photos by a real model, as one HTML page."""
+"""``python -m xai_fast demo``: attention rollout, targeted relevance and LRP of real models, as two HTML pages."""
 
-from .rollout_demo import main
+from .command import main
 
 __all__ = ["main"]

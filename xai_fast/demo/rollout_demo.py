@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -14,64 +16,29 @@ from .dinov2 import WeightsUnavailable
 from .maps import Explained, explain
 from .measure import Measured
 from .page import build_page, save_picture, show_size, show_time
-from .photos import DEFAULT, PHOTOS
 from .setups import Setup, digits_setup, dinov2_setup
 
-__all__ = ["main"]
+__all__ = ["write_rollout_page"]
 
 
-def main(argv: list[str]) -> int:
-    """Run the demo with command line arguments and return the exit status.
+def write_rollout_page(options: argparse.Namespace, device: torch.device, links: Sequence[tuple[str, str]]) -> Path:
+    """Explain, measure, write the page to ``options.out``, and return its path.
 
-    Examples
-    --------
-    >>> main(["--smallest", "--out", "page.html"])  # doctest: +SKIP
-    0
+    Parameters
+    ----------
+    options : argparse.Namespace
+        With ``out``, ``picture``, ``model``, ``photos``, ``size``, ``repeats``, ``epochs`` and ``smallest``.
+    device : torch.device
+    links : sequence of (str, str)
+        See `xai_fast.viz.Report`.
     """
-    options = _parse(argv)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        setup = _prepare(options, device)
-        explained, alone, whole = _work(setup, device, options.repeats)
-        page = build_page(setup, explained, alone, whole, device).write(options.out)
-        if options.picture:
-            save_picture(explained, options.picture)
-        _print_summary(explained, alone, whole)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except (ImportError, OSError, ValueError, WeightsUnavailable) as error:
-        print(f"xai_fast demo: {error}", file=sys.stderr)
-        return 1
-    print(f"\nOpen {page}")
-    return 0
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m xai_fast demo",
-        description="Attention rollout of real photos by a DINOv2 vision transformer, as one HTML page.",
-    )
-    add = parser.add_argument
-    add("--out", default="demo_output/index.html", help="the page (default: %(default)s)")
-    add("--picture", help="also save the main maps as one picture, for example rollout.png")
-    add(
-        "--model",
-        choices=("auto", "dinov2", "digits"),
-        default="auto",
-        help="auto: dinov2, or digits if its weights cannot be had",
-    )
-    add("--photos", nargs="+", choices=tuple(PHOTOS), default=list(DEFAULT), help="photos for dinov2")
-    add("--size", type=int, default=448, help="side of the photos, a multiple of 14 (default: %(default)s)")
-    add("--repeats", type=int, default=5, help="timed repeats (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--epochs", type=int, default=12, help="training of the digits model (default: %(default)s)")
-    add("--smallest", action="store_true", help="one small picture and two repeats, to see that it runs")
-    options = parser.parse_args(argv)
-    if options.smallest:
-        options.photos, options.size, options.repeats = options.photos[:1], 224, 2
-        options.epochs = min(options.epochs, 5)
-    return options
+    setup = _prepare(options, device)
+    explained, alone, whole = _work(setup, device, options.repeats)
+    page = build_page(setup, explained, alone, whole, device, links).write(options.out)
+    if options.picture:
+        save_picture(explained, options.picture)
+    _print_summary(explained, alone, whole)
+    return page
 
 
 def _prepare(options: argparse.Namespace, device: torch.device) -> Setup:

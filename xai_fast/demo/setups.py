@@ -16,7 +16,7 @@ from .digits import DigitsData, accuracy, load_digits, train_digits_vit
 from .dinov2 import PACKAGE, VERSION, load_dinov2
 from .photos import Subject, load_photo
 
-__all__ = ["Setup", "digits_setup", "dinov2_setup"]
+__all__ = ["Setup", "digits_setup", "dinov2_setup", "quiet_transformers"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def dinov2_setup(photos: Sequence[str], size: int, device: torch.device) -> Setu
     (16, 16)
     """
     subjects = [_on(load_photo(name, size), device) for name in photos]
-    with _quiet_transformers():
+    with quiet_transformers():
         model = load_dinov2("sdpa").to(device)  # type: ignore[arg-type]
         eager = load_dinov2("eager").to(device)  # type: ignore[arg-type]
     side = size // 14
@@ -120,7 +120,7 @@ def _on(subject: Subject, device: torch.device) -> Subject:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the loading bar of transformers: the demo has its own."""
     logging = optional_import("transformers", "demo").utils.logging
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: sections of paragraphs, figures and tables, the images inside the file."""
+"""One self-contained HTML page: sections of paragraphs, figures, coloured texts and tables, the images inside the file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from xai_fast._optional import optional_import
 
 from .heatmap import to_rgb
+from .text import color_legend, colored_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +55,15 @@ th, td { padding: .5rem 1.1rem .5rem 0; text-align: right; border-bottom: 1px so
          white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--ink); }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 16rem; }
+.texts th, .texts td { text-align: left; white-space: normal; vertical-align: top; }
+.texts th:first-child, .texts td:first-child { min-width: 0; width: 15rem; }
+.texts td { padding: .55rem 1.6rem .55rem 0; line-height: 1.75; }
+.texts td:first-child { line-height: 1.4; }
+.texts { width: 100%; table-layout: fixed; }
+.colored-text { white-space: pre-wrap; }
+.colored-text > span[title] { padding: .18em 0; border-radius: 2px; }
+nav { margin-top: .8rem; font-size: .95rem; }
+nav a { color: var(--mark); margin-right: 1.2rem; }
 .facts td { text-align: left; white-space: normal; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft);
          font-size: .85rem; }
@@ -64,6 +75,9 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
 <header>
 <h1>{{ report.title }}</h1>
 {% if report.lead %}<p class="lead">{{ report.lead }}</p>{% endif %}
+{% if report.links %}
+<nav>{% for name, target in report.links %}<a href="{{ target }}">{{ name }}</a>{% endfor %}</nav>
+{% endif %}
 </header>
 {% for section in report.sections %}
 <section>
@@ -83,6 +97,15 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
 </figure>
 {% endfor %}
 </div>
+{% elif part.kind == "texts" %}
+<div class="scroll"><table class="texts">
+<thead><tr>{% for name in part.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in part.texts %}
+<tr><td><strong>{{ row.title }}</strong><br>{{ row.legend | safe }}</td>
+{% for cell in row.cells %}<td>{{ cell | safe }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
 {% elif part.kind == "table" %}
 <div class="scroll"><table{% if not part.header %} class="facts"{% endif %}>
 {% if part.caption %}<caption>{{ part.caption }}</caption>{% endif %}
@@ -148,7 +171,17 @@ class _Part:
     header: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     figures: tuple[dict[str, str], ...] = ()
+    texts: tuple[_TextRow, ...] = ()
     cell: int = 230
+
+
+@dataclass(frozen=True)
+class _TextRow:
+    """A row of coloured texts; legend and cells are HTML that is already escaped."""
+
+    title: str
+    legend: str
+    cells: tuple[str, ...]
 
 
 @dataclass
@@ -167,6 +200,8 @@ class Report:
     lead : str
         The sentence under the title.
     footer : str
+    links : sequence of (str, str)
+        Name and address of other pages, shown under the title.
 
     Examples
     --------
@@ -179,6 +214,7 @@ class Report:
     title: str
     lead: str = ""
     footer: str = ""
+    links: Sequence[tuple[str, str]] = ()
     sections: list[_Section] = field(default_factory=list)
 
     def section(self, title: str) -> Report:
@@ -235,6 +271,41 @@ class Report:
                 raise ValueError(f"rows: expected {len(header)} cells as in the header, got {len(row)}: {row}")
         return self._add(_Part("table", caption=caption, header=tuple(header), rows=cells))
 
+    def texts(
+        self,
+        header: Sequence[str],
+        tokens: Sequence[str],
+        rows: Iterable[tuple[str, bool, Sequence[Tensor | np.ndarray | Sequence[float]]]],
+        *,
+        ignore: Sequence[int] = (),
+    ) -> Report:
+        """Add the same text coloured in several ways, as a table; the cells of a row share their scale.
+
+        Parameters
+        ----------
+        header : sequence of 1 + C str
+        tokens : sequence of N str
+            As `colored_text` takes them.
+        rows : iterable of (title, signed, C weights of N numbers)
+            See `colored_text`.
+        ignore : sequence of int
+            Places of tokens that shall not stretch the scales.
+
+        Examples
+        --------
+        >>> page = Report("Words").section("A").texts(("", "yes"), ["a", " b"], [("gradient", True, [[0.5, -1.0]])])
+        >>> 'title="b: -1"' in page.html()
+        True
+        """
+        built = []
+        for title, signed, cells in rows:
+            if len(cells) != len(header) - 1:
+                raise ValueError(f"rows: expected {len(header) - 1} texts as in the header, got {len(cells)} for {title!r}")
+            limit = _scale(cells, ignore)
+            texts = tuple(colored_text(tokens, weights, signed=signed, limit=limit, legend=False) for weights in cells)
+            built.append(_TextRow(title, color_legend(limit, signed=signed), texts))
+        return self._add(_Part("texts", header=tuple(header), texts=tuple(built)))
+
     def html(self) -> str:
         """Render the page."""
         jinja2 = optional_import("jinja2", "demo")
@@ -262,3 +333,11 @@ class Report:
             raise ValueError("section: expected section(title) before its contents, got none")
         self.sections[-1].parts.append(part)
         return self
+
+
+def _scale(cells: Sequence[Tensor | np.ndarray | Sequence[float]], ignore: Sequence[int]) -> float:
+    """The largest absolute weight of all cells, without the ignored places unless they are all there is."""
+    values = torch.stack([torch.as_tensor(weights).detach().double().cpu().abs() for weights in cells])
+    kept = [index for index in range(values.shape[1]) if index not in set(ignore)]
+    chosen = values[:, kept] if kept else values
+    return float(chosen.max()) if chosen.numel() else 0.0
