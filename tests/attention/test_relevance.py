@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import xai_fast as xf
 from tests.attention import models
+from tests.models.dinov2 import load_dinov2
 from tests.models.tiny_llama import load_tiny_llama, sentence
 from xai_fast.attention.record import AttentionRecord
 
@@ -151,6 +152,18 @@ def test_real_llama_streams_and_materialises_alike() -> None:
         torch.testing.assert_close(row, full[:, -1], rtol=1e-5, atol=1e-6)
 
 
+def test_real_dinov2_streams_and_materialises_alike() -> None:
+    model = load_dinov2().eval()
+    pixels = torch.randn(1, 3, 112, 112, requires_grad=True)
+    with xf.capture_attention(model) as record:
+        hidden = model(pixels).last_hidden_state
+    score = hidden[:, 0].square().sum(-1)
+    for method in ("gradient", "lrp"):
+        row = record.relevance(score, method=method)  # type: ignore[arg-type]
+        full = record.relevance(score, token=None, method=method)  # type: ignore[arg-type]
+        torch.testing.assert_close(row, full[:, 0], rtol=1e-5, atol=1e-5 * float(full[:, 0].max()))
+
+
 def test_several_targets_and_a_batch_of_targets() -> None:
     model, inputs = build_model(models.vit)
     record, out = captured(model, inputs)
@@ -187,6 +200,23 @@ def test_outputs_and_gradients_are_those_of_the_plain_model(build: Callable[...,
         assert (f is None) == (w is None)
         if f is not None:
             torch.testing.assert_close(f, w, rtol=1e-6, atol=1e-7)
+
+
+def test_functions_that_are_always_random_run_as_they_do_without_capture() -> None:
+    """F.dropout without `training` drops in evaluation mode too; a capture is no reason to refuse that."""
+
+    class Random(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            dropped = F.dropout(F.batch_norm(x.flatten(1), None, None, training=True), 0.5).view_as(x)
+            return F.scaled_dot_product_attention(dropped, dropped, x, dropout_p=0.5)
+
+    model, x = Random().eval(), torch.randn(2, 2, 5, 4, requires_grad=True)
+    torch.manual_seed(1)
+    plain = model(x)
+    torch.manual_seed(1)
+    record, out = captured(model, {"x": x})
+    assert torch.equal(out, plain)
+    assert record.relevance(out.sum()).shape == (2, 5)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -132,6 +132,8 @@ def _batch_norm(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, 
         argument(args, kwargs, i, name, default=default)
         for i, (name, default) in enumerate(zip(names, (None,) * 5 + (False, 0.1, 1e-5), strict=True))
     )
+    if mode.switchable and (training or mean is None):
+        return func(*args, **kwargs)
     if training or mean is None:
         raise ValueError("model: expected batch norm in evaluation mode, got training mode; call model.eval()")
     call = mode.note_on(x)
@@ -260,7 +262,7 @@ def _denominator(mode: RelevanceMode, func: Callable[..., Any], args: Arguments,
 def _fused_attention(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     query, key, value, mask, dropout, is_causal = (argument(args, kwargs, i, name) for i, name in enumerate(names))
-    if dropout:
+    if dropout and not mode.switchable:
         raise ValueError(f"model: expected no dropout in attention, got dropout_p={dropout}; call model.eval()")
     rule = mode.rule("attention")
     query_key = [mode.carries(t) for t in (query, key)]
@@ -454,7 +456,7 @@ def _plain(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwarg
 
 def _dropout(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     p = argument(args, kwargs, 1, "p", default=0.5)
-    if p and argument(args, kwargs, 2, "training", "train", default=True):
+    if p and argument(args, kwargs, 2, "training", "train", default=True) and not mode.switchable:
         raise ValueError(f"model: expected no active dropout, got p={p} in training mode; call model.eval()")
     return _follow(mode, func, args, kwargs)
 
