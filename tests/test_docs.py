@@ -26,17 +26,21 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_public_names_have_examples() -> None:
-    for owner in (xai_fast, xai_fast.ops):
+    for owner in (xai_fast, xai_fast.ops, xai_fast.attention, xai_fast.lrp):
         for name in owner.__all__:
             if callable(value := getattr(owner, name)):
                 assert ">>>" in (value.__doc__ or ""), f"{name}: its docstring has no example"
 
 
-def test_readme_example() -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert code is not None
+def test_readme_examples() -> None:
+    rollout, relevance = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict[str, object] = {}
-    exec(code.group(1), scope)
+    exec(rollout, scope)
     assert scope["heat"].shape == (8, 257)
     assert scope["maps"].shape == (8, 16, 16)
     assert scope["full"].shape == (8, 257, 257)
+    exec(relevance, scope)
+    assert scope["pixel_relevance"].shape == (2, 3, 224, 224)
+    assert scope["cat"].shape == scope["dog"].shape == (2, 197)
+    assert not scope["cat"].equal(scope["dog"])
+    assert set(scope["report"].heads) == {f"vit.layers.{i}.attention" for i in range(3)}

@@ -34,7 +34,13 @@ _LINEAR_OPERATIONS: frozenset[str] = frozenset({"linear", "convolution"})
 
 @dataclass(frozen=True)
 class Rule:
-    """What all rules have in common: the kinds of operation that they can be given to."""
+    """What all rules have in common: the kinds of operation that they can be given to.
+
+    Examples
+    --------
+    >>> sorted(Epsilon().kinds)
+    ['convolution', 'linear']
+    """
 
     kinds: ClassVar[frozenset[str]] = frozenset()
     # Relevance that does not come as input times a gradient: only exact where the operation reads the input itself.
