@@ -157,7 +157,7 @@ def test_real_dinov2_streams_and_materialises_alike() -> None:
     pixels = torch.randn(1, 3, 112, 112, requires_grad=True)
     with xf.capture_attention(model) as record:
         hidden = model(pixels).last_hidden_state
-    score = hidden[:, 0].square().sum(-1)
+    score = hidden[:, 0].square().mean(-1)
     for method in ("gradient", "lrp"):
         row = record.relevance(score, method=method)  # type: ignore[arg-type]
         full = record.relevance(score, token=None, method=method)  # type: ignore[arg-type]
