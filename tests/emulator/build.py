@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 CACHE = ROOT / "build" / "emulator"
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-DXAI_EMULATE", "-U_FORTIFY_SOURCE"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-DXAI_EMULATE", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 INCLUDES = [HERE, ROOT / "csrc", ROOT / "csrc" / "cuda"]
