@@ -25,7 +25,7 @@ from xai_fast.demo.dinov2 import WeightsUnavailable, load_dinov2
 from xai_fast.demo.measure import peak_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Peers = dict[str, Callable[[], object]]
+Peers = dict[str, Callable[[], Any]]
 
 
 def normal(*shape: int) -> Tensor:
@@ -46,8 +46,8 @@ def add_rows(
 
 
 def assert_alike(found: Tensor, wanted: Tensor) -> None:
-    """Norms, not entries: where an output nearly vanishes, rounding decides its share R / O."""
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+    """Medians: where an output nearly vanishes, rounding decides its share R / O."""
+    assert float((found - wanted).abs().median() / wanted.abs().median()) < 1e-4
 
 
 @functools.cache
@@ -188,6 +188,9 @@ def test_bandwidth_bound_rules(table: Table) -> None:
         ),
     }
     for name, (peers, (reads, writes)) in cases.items():
+        found, wanted = peers["xai_fast"](), peers["unfused torch"]()
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, wanted)), strict=True):
+            assert_alike(a, b)
         peers[f"read {reads} and write {writes} once (new memory for the results)"] = _allocating(reads, writes, x)
         times = alternate(peers)
         roof = times[next(reversed(times))]
@@ -255,6 +258,7 @@ def test_whole_vision_transformer(table: Table) -> None:
         "targeted relevance, gradient (forward done)": lambda: done.relevance(done_score),
         "targeted relevance, lrp (forward done)": lambda: done.relevance(done_score, method="lrp"),
     }
+    assert all(call().isfinite().all() for call in peers.values())
     memory = {name: peak_memory(call, DEVICE) for name, call in peers.items()}
     times = alternate(peers, rounds=7, seconds=60)
     add_rows(table, "DINOv2 ViT-S/14, batch 8, 224 px, frozen", times, "forward and input gradient", **memory)
@@ -275,7 +279,7 @@ def test_whole_text_model_against_autolrp(table: Table) -> None:
 
     peers: Peers = {
         "forward and input gradient": gradient,
-        "lrp.attribute, attnlrp": lambda: xf.lrp.attribute(model, {"inputs_embeds": embeddings}, 1),
+        "lrp.attribute, attnlrp": lambda: xf.lrp.attribute(model, {"inputs_embeds": embeddings}, 1)["inputs_embeds"],
     }
     with peers_importable():
         import autolrp  # type: ignore[import-not-found]
@@ -287,4 +291,5 @@ def test_whole_text_model_against_autolrp(table: Table) -> None:
         return wrapped.relevance
 
     peers["autolrp, ATTNLRP"] = peer
+    assert all(call().isfinite().all() for call in peers.values())
     add_rows(table, "BERT, 6 layers, width 384, 4 x 128 tokens", alternate(peers), "forward and input gradient")
