@@ -242,8 +242,7 @@ class AttentionRecord:
         >>> record.relevance(out[:, 0, 0], token=0).shape
         torch.Size([1, 3])
         """
-        if method not in ("gradient", "lrp"):
-            raise ValueError(f"method: expected 'gradient' or 'lrp', got {method!r}")
+        _check_method(method)
         chosen = self._chosen(layers, forward)
         batch, tokens = _common_shape(chosen)
         indices = token_indices(token, tokens)
@@ -254,8 +253,7 @@ class AttentionRecord:
         options = {"head_fusion": head_fusion, "clamp": bool(clamp), "residual": residual, "normalize": bool(normalize)}
         found = []
         for scalar in check_score(score, "score", batch):
-            grads = layer_gradients(scalar, wanted, "score")
-            modified = layer_gradients(scalar, wanted, "score", relevance=True) if method == "lrp" else [None] * len(wanted)
+            grads, modified = _gradients(scalar, wanted, method)
             with _plain_torch(wanted):
                 rows = _roll_targeted(wanted, grads, modified, indices, batch, tokens, options)
             found.append(finish(rows, token, wanted[-1].dtype))
@@ -290,12 +288,10 @@ class AttentionRecord:
         >>> record.weighted_attentions(out[:, 0, 0])[0].shape
         torch.Size([1, 2, 3, 3])
         """
-        if method not in ("gradient", "lrp"):
-            raise ValueError(f"method: expected 'gradient' or 'lrp', got {method!r}")
+        _check_method(method)
         chosen = self._chosen(layers, forward)
         scalar = _one_scalar(score, "score", chosen)
-        grads = layer_gradients(scalar, chosen, "score")
-        modified = layer_gradients(scalar, chosen, "score", relevance=True) if method == "lrp" else [None] * len(chosen)
+        grads, modified = _gradients(scalar, chosen, method)
         with _plain_torch(chosen):
             return tuple(_tap(layer).weights(layer, g, m) for layer, g, m in zip(chosen, grads, modified, strict=True))
 
@@ -416,6 +412,19 @@ def _remedy(layers: list[CapturedLayer]) -> str:
 def _tap(layer: CapturedLayer) -> Tap:
     assert layer.tap is not None
     return layer.tap
+
+
+def _check_method(method: Any) -> None:
+    if method not in ("gradient", "lrp"):
+        raise ValueError(f"method: expected 'gradient' or 'lrp', got {method!r}")
+
+
+def _gradients(scalar: Tensor, layers: list[CapturedLayer], method: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The gradient at every layer, and for "lrp" that of a relevance pass."""
+    grads = layer_gradients(scalar, layers, "score")
+    if method == "gradient":
+        return grads, [None] * len(layers)
+    return grads, layer_gradients(scalar, layers, "score", relevance=True)
 
 
 def _one_scalar(score: Any, name: str, layers: list[CapturedLayer]) -> Tensor:
