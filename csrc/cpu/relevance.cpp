@@ -53,32 +53,6 @@ struct TargetedLayout {
   }
 };
 
-#define XAI_VECTOR_BYTES 16
-namespace base {
-#include "relevance.inc"
-}  // namespace base
-#undef XAI_VECTOR_BYTES
-
-#ifdef XAI_X86_BODIES
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define XAI_VECTOR_BYTES 32
-namespace avx2 {
-#include "relevance.inc"
-}  // namespace avx2
-#undef XAI_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
-#define XAI_VECTOR_BYTES 64
-namespace avx512 {
-#include "relevance.inc"
-}  // namespace avx512
-#undef XAI_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
-
 template <class P>
 using Body = void (*)(const P&, int64_t, int64_t);
 
@@ -101,16 +75,8 @@ struct Bodies {
    ISA::softmax_relevance, ISA::skip_sums,        ISA::skip_relevance,      ISA::norm_relevance,   \
    ISA::gradient_factor,   ISA::sign_split,       ISA::linear_share,        ISA::linear_return}
 
-const Bodies& bodies() {
-  static const Bodies chosen = [] {
-#ifdef XAI_X86_BODIES
-    if (cpu_capability() == Capability::avx512) return Bodies XAI_BODIES(avx512);
-    if (cpu_capability() == Capability::avx2) return Bodies XAI_BODIES(avx2);
-#endif
-    return Bodies XAI_BODIES(base);
-  }();
-  return chosen;
-}
+#define XAI_BODY_FILE "relevance.inc"
+#include "bodies.inc"
 
 }  // namespace
 

@@ -59,32 +59,6 @@ struct StreamLayout {
   int64_t* count(const StreamedRowStep& p) const { return at<int64_t>(p, count_at); }
 };
 
-#define XAI_VECTOR_BYTES 16
-namespace base {
-#include "rollout.inc"
-}  // namespace base
-#undef XAI_VECTOR_BYTES
-
-#ifdef XAI_X86_BODIES
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define XAI_VECTOR_BYTES 32
-namespace avx2 {
-#include "rollout.inc"
-}  // namespace avx2
-#undef XAI_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
-#define XAI_VECTOR_BYTES 64
-namespace avx512 {
-#include "rollout.inc"
-}  // namespace avx512
-#undef XAI_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
-
 struct Bodies {
   void (*row_step)(const RowStep&, int64_t, int64_t);
   void (*add_slots)(const RowStep&, int64_t, int64_t);
@@ -99,16 +73,8 @@ struct Bodies {
   {ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,     ISA::streamed_prepare, \
    ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce}
 
-const Bodies& bodies() {
-  static const Bodies chosen = [] {
-#ifdef XAI_X86_BODIES
-    if (cpu_capability() == Capability::avx512) return Bodies XAI_BODIES(avx512);
-    if (cpu_capability() == Capability::avx2) return Bodies XAI_BODIES(avx2);
-#endif
-    return Bodies XAI_BODIES(base);
-  }();
-  return chosen;
-}
+#define XAI_BODY_FILE "rollout.inc"
+#include "bodies.inc"
 
 }  // namespace
 

@@ -1,8 +1,8 @@
-// Which vector bodies this machine runs, and the macros that compile one source for several instruction sets.
+// Which vector bodies this machine runs.
 //
-// A family's body file is written once with GCC vector types of kVectorBytes and included once per instruction set,
-// inside a namespace and between XAI_TARGET_BEGIN and XAI_TARGET_END. (A `target` attribute on the outer function alone
-// is not enough: GCC splits wide vectors of helpers that lack it before it inlines them.)
+// A family's body file is written once with GCC vector types of kVectorBytes; bodies.inc compiles it once per instruction
+// set, inside a namespace and between pragmas. (A `target` attribute on the outer function alone is not enough: GCC splits
+// wide vectors of helpers that lack it before it inlines them.)
 #pragma once
 #include <cstdint>
 
