@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define XAI_HOST_DEVICE __host__ __device__
+#else
+#define XAI_HOST_DEVICE
+#endif
+
 namespace xai {
 
 // Element type of the large inputs. Sums are kept in accumulate type: double for f64, float for the others.

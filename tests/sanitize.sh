@@ -12,4 +12,5 @@ export LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=l
 # Python and torch leak by design.
 export ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
-exec "$python" -m pytest tests/emulator tests/ops/test_rollout_kernels.py tests/ops/test_relevance_kernels.py "$@"
+exec "$python" -m pytest tests/emulator tests/ops/test_rollout_kernels.py tests/ops/test_relevance_kernels.py \
+  tests/ops/test_ihvp_kernels.py "$@"

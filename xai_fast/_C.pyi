@@ -80,3 +80,55 @@ def linear_relevance(
     alpha: float,
     beta: float,
 ) -> Tensor: ...
+def glm_hvp(
+    X: Tensor,
+    vectors: Tensor,
+    theta: Tensor | None,
+    weights: Tensor | None,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    batch: Tensor | None,
+    family: str,
+    intercept: bool,
+    smoothing: float,
+    l2: float,
+    damping: float,
+) -> Tensor: ...
+def glm_hvp_route(
+    X: Tensor,
+    vectors: Tensor,
+    theta: Tensor | None,
+    weights: Tensor | None,
+    y: Tensor | None,
+    sample_weight: Tensor | None,
+    batch: Tensor | None,
+    family: str,
+    intercept: bool,
+    smoothing: float,
+    l2: float,
+    damping: float,
+    route: str,
+) -> Tensor: ...
+def lissa(
+    X: Tensor,
+    gradient: Tensor,
+    weights: Tensor,
+    sample_weight: Tensor | None,
+    start: Tensor,
+    family: str,
+    intercept: bool,
+    l2: float,
+    damping: float,
+    sigma: float,
+    batch_size: int,
+    first_step: int,
+    steps: int,
+    skip: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]: ...
+def sample_rows(like: Tensor, rows: int, count: int, seed: int, step: int) -> Tensor: ...
+def influence_scores(X: Tensor, delta: Tensor, solutions: Tensor, rows: Tensor | None, intercept: bool) -> Tensor: ...
+def influence_top_k(
+    X: Tensor, delta: Tensor, solutions: Tensor, rows: Tensor | None, intercept: bool, k: int, largest: bool
+) -> tuple[Tensor, Tensor]: ...
+def random_projection(x: Tensor, outputs: int, seed: int, offset: int) -> Tensor: ...

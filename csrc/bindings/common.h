@@ -24,6 +24,7 @@ using at::Tensor;
 
 void bind_rollout(pybind11::module_& m);
 void bind_relevance(pybind11::module_& m);
+void bind_ihvp(pybind11::module_& m);
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {

@@ -72,6 +72,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", &xai::cpu_capability_name);
   xai::bind_rollout(m);
   xai::bind_relevance(m);
+  xai::bind_ihvp(m);
 #ifdef XAI_EMULATE
   m.def("set_schedule_seed", [](int seed) { emulator::schedule_seed = seed; });
   m.def("emulate_cuda", [](bool on) { xai::emulate_cuda = on; });

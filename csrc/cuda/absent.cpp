@@ -1,4 +1,5 @@
 // Stands in for the .cu files in a build without CUDA: every launcher says so. The Python side never calls them then.
+#include "../ihvp.h"
 #include "../relevance.h"
 #include "../rollout.h"
 
@@ -25,5 +26,13 @@ const char* launch_gradient_factor(const GradientFactor&, void*) { return kAbsen
 const char* launch_sign_split(const SignSplit&, void*) { return kAbsent; }
 const char* launch_linear_share(const LinearShare&, void*) { return kAbsent; }
 const char* launch_linear_return(const LinearReturn&, void*) { return kAbsent; }
+
+int64_t glm_slots_cuda(int64_t, int64_t, int64_t) { return 1; }
+const char* launch_glm_hvp(const GlmHvp&, void*) { return kAbsent; }
+const char* launch_glm_curve(const GlmCurve&, void*) { return kAbsent; }
+const char* launch_lissa(const Lissa&, void*) { return kAbsent; }
+const char* launch_sample_rows(int64_t*, int64_t, int64_t, uint64_t, int64_t, void*) { return kAbsent; }
+const char* launch_score_chunk(const ScoreChunk&, void*) { return kAbsent; }
+const char* launch_projection(const Projection&, void*) { return kAbsent; }
 
 }  // namespace xai

@@ -1,5 +1,7 @@
 // launch() and dynamic_smem(): how a kernel is started and gets its shared memory, under nvcc and under the emulator.
+// launch_repeated(): the same launches many times over.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -31,6 +33,13 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return emulator::launch(kernel, grid, block, shared_bytes, arguments...);
 }
 
+template <class Body>
+const char* launch_repeated(void* stream, int64_t times, Body body) {
+  for (int64_t i = 0; i < times; ++i)
+    if (const char* error = body(stream)) return error;
+  return nullptr;
+}
+
 template <class T>
 T* dynamic_smem() {
   return reinterpret_cast<T*>(emulator::active->shared.data());
@@ -54,6 +63,50 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+constexpr int64_t kGraphSteps = 64;      // steps in one graph: its launch costs little next to them
+constexpr int64_t kLeastGraphSteps = 8;  // fewer are sooner launched than captured
+
+// Launches `steps` calls of body as one graph, `times` times on `stream`. capture: a stream that nothing else uses.
+template <class Body>
+const char* launch_graph(cudaStream_t capture, cudaStream_t stream, int64_t steps, int64_t times, Body body) {
+  if (steps == 0 || times == 0) return nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  const char* message = nullptr;
+  cudaError_t error = cudaStreamBeginCapture(capture, cudaStreamCaptureModeRelaxed);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  for (int64_t i = 0; i < steps && !message; ++i) message = body(capture);
+  error = cudaStreamEndCapture(capture, &graph);
+  if (!message && error == cudaSuccess) error = cudaGraphInstantiate(&executable, graph, 0);
+  for (int64_t i = 0; i < times && !message && error == cudaSuccess; ++i) error = cudaGraphLaunch(executable, stream);
+  if (executable) cudaGraphExecDestroy(executable);  // CUDA keeps it until it has run
+  if (graph) cudaGraphDestroy(graph);
+  if (message || error == cudaSuccess) return message;
+  return cudaGetErrorString(error);
+}
+
+// Calls body(stream) `times` times, in effect. body issues the launches of one step, the same ones every time, and returns
+// null or a message. Many steps become graphs: a launch of a graph costs as much as that of one kernel.
+template <class Body>
+const char* launch_repeated(void* stream, int64_t times, Body body) {
+  const auto target = static_cast<cudaStream_t>(stream);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaError_t error = cudaStreamIsCapturing(target, &status);
+  if (error == cudaSuccess && (times < kLeastGraphSteps || status != cudaStreamCaptureStatusNone)) {
+    for (int64_t i = 0; i < times; ++i)
+      if (const char* message = body(stream)) return message;
+    return nullptr;
+  }
+  cudaStream_t capture = nullptr;
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&capture, cudaStreamNonBlocking);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t steps = std::min(times, kGraphSteps);
+  const char* message = launch_graph(capture, target, steps, times / steps, body);
+  if (!message) message = launch_graph(capture, target, times % steps, 1, body);
+  cudaStreamDestroy(capture);
+  return message;
 }
 
 template <class T>

@@ -4,6 +4,15 @@ Every op runs the compiled kernel for its device, or the PyTorch reference where
 ``torch.compile(fullgraph=True)`` and FakeTensor; and is differentiable (the backward pass differentiates the reference).
 """
 
+from .ihvp import (
+    glm_hvp,
+    glm_weights,
+    influence_scores,
+    influence_top_k,
+    lissa,
+    random_projection,
+    sample_rows,
+)
 from .relevance import (
     attention_relevance,
     av_relevance,
@@ -20,10 +29,17 @@ __all__ = [
     "attention_relevance",
     "av_relevance",
     "fuse_heads",
+    "glm_hvp",
+    "glm_weights",
+    "influence_scores",
+    "influence_top_k",
     "layer_norm_relevance",
     "linear_relevance",
+    "lissa",
+    "random_projection",
     "rollout_rows",
     "rollout_rows_qk",
+    "sample_rows",
     "skip_relevance",
     "softmax_relevance",
     "targeted_rows",
