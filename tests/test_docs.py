@@ -26,14 +26,14 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_public_names_have_examples() -> None:
-    for owner in (xai_fast, xai_fast.ops, xai_fast.attention, xai_fast.lrp):
+    for owner in (xai_fast, xai_fast.ops, xai_fast.attention, xai_fast.lrp, xai_fast.influence):
         for name in owner.__all__:
             if callable(value := getattr(owner, name)):
                 assert ">>>" in (value.__doc__ or ""), f"{name}: its docstring has no example"
 
 
 def test_readme_examples() -> None:
-    rollout, relevance = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    rollout, relevance, influence = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict[str, object] = {}
     exec(rollout, scope)
     assert scope["heat"].shape == (8, 257)
@@ -44,3 +44,7 @@ def test_readme_examples() -> None:
     assert scope["cat"].shape == scope["dog"].shape == (2, 197)
     assert not scope["cat"].equal(scope["dog"])
     assert set(scope["report"].heads) == {f"vit.layers.{i}.attention" for i in range(3)}
+    exec(influence, scope)
+    assert scope["scores"].shape == scope["loo"].shape == (10, 1500)
+    assert scope["rows"].shape == (297, 5)
+    assert scope["scores"].solution.converged
