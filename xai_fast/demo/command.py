@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from . import relevance_demo, rollout_demo
+from . import influence_demo, relevance_demo, rollout_demo
 from .photos import DEFAULT, PHOTOS
 from .wheels import WeightsUnavailable
 
@@ -40,42 +41,54 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+# Name to title and function, in the order in which they are written.
+PAGES: dict[str, tuple[str, Callable[[argparse.Namespace, torch.device, list[tuple[str, str]]], Path]]] = {
+    "rollout": ("Attention rollout", lambda *arguments: rollout_demo.write_rollout_page(*arguments)),
+    "relevance": ("Targeted relevance and LRP", lambda *arguments: relevance_demo.write_relevance_page(*arguments)),
+    "influence": ("Influence functions", lambda *arguments: influence_demo.write_influence_page(*arguments)),
+}
+# Option that saves a picture, and the page that it is taken from.
+PICTURES = {"picture": "rollout", "relevance_picture": "relevance", "influence_picture": "influence"}
+
+
 def _write_pages(options: argparse.Namespace, device: torch.device) -> list[Path]:
-    """The pages that were asked for, each with a link to the other if both are."""
-    both = options.pages == "all"
+    """The pages that were asked for, each with links to the others that are written."""
+    asked = [name for name in PAGES if options.pages in (name, "all")]
     pages = []
-    if options.pages != "relevance":
-        links = [("Targeted relevance and LRP", "relevance.html")] if both else []
-        pages.append(rollout_demo.write_rollout_page(options, device, links))
-    if options.pages != "rollout":
-        links = [("Attention rollout", Path(options.out).name)] if both else []
-        pages.append(relevance_demo.write_relevance_page(options, device, links))
+    for name in asked:
+        links = [(PAGES[other][0], _file_name(options, other)) for other in asked if other != name]
+        pages.append(PAGES[name][1](options, device, links))
     return pages
 
 
+def _file_name(options: argparse.Namespace, page: str) -> str:
+    return Path(options.out).name if page == "rollout" else f"{page}.html"
+
+
 def _check(options: argparse.Namespace) -> None:
-    if options.pages == "all" and Path(options.out).name == "relevance.html":
-        raise ValueError("out: expected another name than relevance.html, which is the second page")
-    for page, option in (("relevance", "picture"), ("rollout", "relevance_picture")):
-        if options.pages == page and getattr(options, option):
-            raise ValueError(f"{option}: expected the page that it is taken from, got --pages {page}")
+    if options.pages == "all" and (name := Path(options.out).name) in ("relevance.html", "influence.html"):
+        raise ValueError(f"out: expected another name than {name}, which is another page")
+    for option, page in PICTURES.items():
+        if options.pages not in (page, "all") and getattr(options, option):
+            raise ValueError(f"{option}: expected the page that it is taken from, got --pages {options.pages}")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m xai_fast demo",
-        description="Two HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and LRP "
-        "of photos, sentences and a prompt.",
+        description="Three HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and "
+        "LRP of photos, sentences and a prompt; influence functions: the training pictures and mails behind a prediction.",
     )
     add = parser.add_argument
-    add("--pages", choices=("rollout", "relevance", "all"), default="all", help="which pages (default: %(default)s)")
+    add("--pages", choices=(*PAGES, "all"), default="all", help="which pages (default: %(default)s)")
     add(
         "--out",
         default="demo_output/index.html",
-        help="the rollout page; relevance.html is written beside it (default: %(default)s)",
+        help="the rollout page; relevance.html and influence.html are written beside it (default: %(default)s)",
     )
     add("--picture", help="also save the main rollout maps as one picture, for example rollout.png")
     add("--relevance-picture", help="also save the two objects of the relevance page as one picture")
+    add("--influence-picture", help="also save the main figures of the influence page as one picture")
     add(
         "--model",
         choices=("auto", "dinov2", "digits"),

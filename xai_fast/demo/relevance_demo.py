@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from .setups import quiet_transformers
 from .text_maps import text_maps
 from .tiny_llama import load_tiny_llama
 from .two_objects import CLASSES, explain_scene, fit_classifier, make_scene
-from .wheels import WeightsUnavailable
+from .wheels import WeightsUnavailable, or_reason
 
 __all__ = ["write_relevance_page"]
 
@@ -33,8 +32,6 @@ SENTENCES = (
     "How much money is in my account and when is the bill due?",
 )
 PROMPTS = ("Alice looked at the Queen, and the Queen looked at the King. “Very well,” said the",)
-
-T = TypeVar("T")
 
 
 def write_relevance_page(options: argparse.Namespace, device: torch.device, links: Sequence[tuple[str, str]]) -> Path:
@@ -57,9 +54,9 @@ def write_relevance_page(options: argparse.Namespace, device: torch.device, link
     tqdm = optional_import("tqdm", "demo").tqdm
     steps = 1 + len(CLASSES) + crops[1] + len(pairs) + 1 + len(sentences) + 1 + len(prompts)
     with tqdm(total=steps, unit="step") as bar, quiet_transformers():
-        two = _or_reason(lambda: _two_objects(options.model, pairs, crops, device, bar), "two objects")
-        found = _or_reason(lambda: _sentences(sentences, device, bar), "sentences")
-        continued = _or_reason(lambda: _prompts(prompts, device, bar), "next words")
+        two = or_reason(lambda: _two_objects(options.model, pairs, crops, device, bar), "two objects")
+        found = or_reason(lambda: _sentences(sentences, device, bar), "sentences")
+        continued = or_reason(lambda: _prompts(prompts, device, bar), "next words")
         bar.set_description("done")
     page = build_relevance_page(two, found, continued, links).write(Path(options.out).with_name("relevance.html"))
     if options.relevance_picture:
@@ -69,15 +66,6 @@ def write_relevance_page(options: argparse.Namespace, device: torch.device, link
     if isinstance(two, TwoObjects):
         _print_shares(two)
     return page
-
-
-def _or_reason(work: Callable[[], T], what: str) -> T | str:
-    """What `work` gives; or, if a package or weights are missing, why there is nothing."""
-    try:
-        return work()
-    except (ImportError, WeightsUnavailable) as error:
-        print(f"Left out, {what}: {error}", file=sys.stderr)
-        return str(error)
 
 
 def _two_objects(

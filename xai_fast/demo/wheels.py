@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["WeightsUnavailable", "sha256", "wheel_file"]
+__all__ = ["WeightsUnavailable", "or_reason", "sha256", "wheel_file"]
+
+T = TypeVar("T")
 
 
 class WeightsUnavailable(RuntimeError):  # noqa: N818  a state of affairs, not a mistake
@@ -62,3 +67,24 @@ def sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def or_reason(work: Callable[[], T], what: str) -> T | str:
+    """What `work` gives; or, if a package, weights or data are missing, why there is nothing.
+
+    Parameters
+    ----------
+    work : callable
+    what : str
+        For the line on stderr.
+
+    Examples
+    --------
+    >>> or_reason(lambda: 5, "numbers")
+    5
+    """
+    try:
+        return work()
+    except (ImportError, WeightsUnavailable) as error:
+        print(f"Left out, {what}: {error}", file=sys.stderr)
+        return str(error)
