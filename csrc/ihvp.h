@@ -12,9 +12,9 @@
 // Parameters lie as `columns` = M C vectors of `params` = D + intercept numbers each: column m C + c is output c of
 // right-hand side m. Kernels compute in `accumulate` (f32 or f64), whatever the type of X.
 //
-// Determinism: sums over rows are cut into pieces that depend on the shapes alone and are added in order. Batches are a function
-// of (seed, step) alone: element k of a step is row floor(r n / 2^64), where r are 64 bits of Philox4x32-10 (Salmon et al. 2011)
-// with key = seed and counter = (k / 2, step, 0, kSampleStream), the lower half of the output for even k.
+// Determinism: sums over rows are cut into pieces that depend on the shapes alone and are added in order. Batches are a
+// function of (seed, step) alone: element k of a step is row floor(r n / 2^64), where r are 64 bits of Philox4x32-10 (Salmon
+// et al. 2011) with key = seed and counter = (k / 2, step, 0, kSampleStream), the lower half of the output for even k.
 //
 // CPU functions do the work items [begin, end) on the calling thread; csrc/bindings spreads them over threads.
 // CUDA functions launch on `stream` (a cudaStream_t) and return null, or a message that says what failed.
@@ -73,10 +73,10 @@ struct GlmCurve : GlmRows, GlmCurvature {
 void glm_curve_cpu(const GlmCurve& p, int64_t begin, int64_t end);  // items: rows of z
 const char* launch_glm_curve(const GlmCurve& p, void* stream);
 
-// ---- LiSSA: the whole stochastic loop -------------------------------------------------------------------------------------
+// ---- LiSSA: the whole stochastic loop ---------------------------------------------------------------------------------
 //   v <- g + v - H_B v / sigma        H_B over `batch` rows drawn with replacement, with l2 and damping
-// for steps first_step .. first_step + steps - 1. All right-hand sides share the batch. `average` is the mean of the iterates
-// after the first `skip` steps. `weights` must be given. rows = n: every row may be drawn; index is null.
+// for steps first_step .. first_step + steps - 1. All right-hand sides share the batch. `average` is the mean of the
+// iterates after the first `skip` steps. `weights` must be given. rows = n: every row may be drawn; index is null.
 struct Lissa : GlmRows, GlmCurvature {
   const void* gradient;  // g (columns,params)
   void* state;           // v (columns,params): the start in, the last iterate out
@@ -99,7 +99,7 @@ const char* launch_lissa(const Lissa& p, void* stream);                         
 void sample_rows_cpu(int64_t* out, int64_t rows, int64_t count, uint64_t seed, int64_t step);
 const char* launch_sample_rows(int64_t* out, int64_t rows, int64_t count, uint64_t seed, int64_t step, void* stream);
 
-// ---- scores of test points against rows, and the k extreme ones -----------------------------------------------------------
+// ---- scores of test points against rows, and the k extreme ones -------------------------------------------------------
 //   score[m,i] = sum_c delta[i,c] <x_i, solution[m C + c]>
 // Neither the (tests, rows) matrix nor the (rows, M C) products are stored. Order: largest first if `largest`, else smallest
 // first; of equal scores the earlier visited row first. Lists that find fewer than k rows end in index -1.
@@ -123,7 +123,8 @@ void scores_pack_cpu(const InfluenceScores& p, int64_t begin, int64_t end);   //
 void scores_cpu(const InfluenceScores& p, int64_t begin, int64_t end);        // items: slots
 void scores_merge_cpu(const InfluenceScores& p, int64_t begin, int64_t end);  // items: tests
 
-// CUDA: the products X S come from a matrix product of a chunk of rows; this contracts them with delta and updates the lists.
+// CUDA: the products X S come from a matrix product of a chunk of rows; this contracts them with delta and updates the
+// lists.
 struct ScoreChunk : GlmRows {
   const void* delta;     // (n,C)
   const void* products;  // (count,columns) of `accumulate`: row i belongs to visited row first + i
@@ -135,7 +136,7 @@ struct ScoreChunk : GlmRows {
 };
 const char* launch_score_chunk(const ScoreChunk& p, void* stream);
 
-// ---- random projection ------------------------------------------------------------------------------------------------------
+// ---- random projection --------------------------------------------------------------------------------------------------
 //   out[b,j] = (1/sqrt(K)) sum_p x[b,p] r[offset + p, j],     r = +1 or -1, never stored
 // r[p,j] is + where bit j % 32 of word j / 32 % 4 of Philox4x32-10 with key = seed and counter = (p low, p high, j / 128,
 // kProjectionStream) is set.

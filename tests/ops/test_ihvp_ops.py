@@ -20,8 +20,8 @@ N, D, C = 40, 7, 3
 SPECIMEN = "softmax", False, 1.0, 0.1, 0.2  # family, intercept, smoothing, l2, damping
 
 
-@pytest.fixture
-def X() -> Tensor:
+@pytest.fixture(name="X")
+def design() -> Tensor:
     return torch.randn(N, D)
 
 
