@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -487,3 +488,14 @@ def test_training_rows_from_a_loader() -> None:
     assert torch.equal(shuffled.scores(X[:test], y[:test]), expected)
     with pytest.raises(TypeError, match="X_train: expected a DataLoader"):
         Influence(head, X)
+
+
+def test_scores_can_be_copied_and_stored() -> None:
+    head = SoftmaxHead(torch.randn(4, 3), l2=0.1)
+    scores = Influence(head, torch.randn(30, 4), torch.randint(0, 3, (30,))).scores(torch.randn(2, 4), [0, 1])
+    for other in (copy.deepcopy(scores), pickle.loads(pickle.dumps(scores))):
+        assert torch.equal(other, scores)
+        assert other.convention == scores.convention
+        assert torch.equal(other.solution.residual, scores.solution.residual)
+    assert type(scores[0]) is Tensor
+    assert np.asarray(scores).shape == (2, 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,6 +139,12 @@ class Scores(Tensor):
         scores = values.as_subclass(Scores)
         scores.convention, scores.solution = convention, solution
         return scores
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scores:
+        return Scores.wrap(copy.deepcopy(self.detach(), memo), self.convention, self.solution)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Scores.wrap, (self.detach(), self.convention, self.solution)
 
 
 @dataclass(frozen=True)
