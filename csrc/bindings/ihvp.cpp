@@ -15,8 +15,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Up to this many columns one fused pass over X beats two matrix products a chunk of rows.
-constexpr int64_t kFusedColumnsCpu = 64, kFusedColumnsCuda = 16;
+// CUDA: up to this many columns one fused pass over X beats two matrix products a chunk of rows. On the CPU the pass is
+// always taken: MKL's products round differently with the number of threads.
+constexpr int64_t kFusedColumnsCuda = 16;
 constexpr int64_t kChunkBytes = 32 << 20;  // of the outputs Z of a chunk
 
 Family family_of(const std::string& name) {
@@ -197,7 +198,7 @@ Tensor glm_hvp_route(const Tensor& X, const Tensor& vectors, const OptionalTenso
                           l2,
                           damping};
   const Tensor columns = columns_of(vectors);
-  const bool few = vectors.size(0) * classes <= (on_gpu(X) ? kFusedColumnsCuda : kFusedColumnsCpu);
+  const bool few = !on_gpu(X) || vectors.size(0) * classes <= kFusedColumnsCuda;
   const bool fused = route == "fused" || (route == "auto" && few);
   return vectors_of(fused ? fused_hvp(given, columns) : product_hvp(given, columns));
 }
