@@ -411,6 +411,8 @@ def test_scores_that_are_no_numbers(implementation: Implementation) -> None:
     assert values[0, :5].tolist() == [math.inf, 5, 2, 1, -math.inf]
     assert values[0, 5:].isnan().all()
     assert implementation("influence_top_k", *args, 2, False)[1].tolist() == [[2, 0]]
+    assert reference.influence_top_k(*args, 7, True)[1].equal(found)
+    assert reference.influence_top_k(*args, 2, False)[1].tolist() == [[2, 0]]
     assert torch.equal(implementation("influence_scores", *args).isnan(), X.T.isnan())
 
 

@@ -143,11 +143,16 @@ def influence_scores(X: Tensor, delta: Tensor, solutions: Tensor, rows: Tensor |
 def influence_top_k(
     X: Tensor, delta: Tensor, solutions: Tensor, rows: Tensor | None, intercept: bool, k: int, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    """The k extreme scores (M,k), in order, and their rows of X; of equal scores the earlier visited row first."""
+    """The k extreme scores (M,k), in order, and their rows of X; of equal scores the earlier visited row first.
+
+    NaN is no score: what is left of a list without k scores is NaN, with row -1.
+    """
     scores = influence_scores(X, delta, solutions, rows, intercept)
-    order = torch.argsort(scores, dim=1, descending=largest, stable=True)[:, :k]
-    values = scores.gather(1, order)
-    return values, order if rows is None else rows[order]
+    missing = scores.isnan()
+    order = torch.argsort(scores.masked_fill(missing, 0), dim=1, descending=largest, stable=True)
+    order = order.gather(1, torch.argsort(missing.gather(1, order), dim=1, stable=True))[:, :k]
+    found = order if rows is None else rows[order]
+    return scores.gather(1, order), found.masked_fill(missing.gather(1, order), -1)
 
 
 def random_projection(x: Tensor, outputs: int, seed: int, offset: int) -> Tensor:
