@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
-from ..ops.ihvp import check_positive
+from ..ops._checks import check_positive
 from ._labels import as_array, class_indices, real_numbers
 from ._penalty import Penalty
 from ._sklearn import read_estimator

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.ihvp import check_count, check_positive, check_seed
+from ..ops._checks import check_count, check_positive, check_seed
 from ._functionals import Functional, check_functional, logit_gradient, quantity, rises_when_good
 from ._labels import named_rows
 from ._leverage import leverage_corrected

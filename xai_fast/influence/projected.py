@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks as check
-from ..ops.ihvp import check_count, check_seed, random_projection
+from ..ops._checks import check_count, check_seed
+from ..ops.ihvp import random_projection
 from ._torch_model import Checkpoint, ModelLoss, Params, State
 from ._torch_rows import TorchRows
 from .results import Convention, Scores

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._optional import optional_import
 from ..ops import _checks as check
-from ..ops.ihvp import check_count, check_positive, check_seed
+from ..ops._checks import check_count, check_positive, check_seed
 from ._solvers.cg import ConjugateGradients
 from ._solvers.choose import choose
 from ._solvers.exact import Exact, ExactFactor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._optional import optional_import
-from ..ops.ihvp import check_count
+from ..ops._checks import check_count
 from ._extremes import extremes, merged
 from ._functionals import Functional
 from ._store_arrays import SUFFIXES, DiskArray, NpyArray, array_on_disk

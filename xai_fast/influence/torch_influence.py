@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks as check
-from ..ops.ihvp import check_count, check_seed
+from ..ops._checks import check_count, check_seed
 from ._torch_model import ModelLoss, Params
 from ._torch_rows import as_rows, check_batch, count_of
 from .results import Convention, Scores, Solution, TopK

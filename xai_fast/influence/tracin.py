@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import _checks as check
-from ..ops.ihvp import check_count
+from ..ops._checks import check_count
 from ._torch_model import Checkpoint, ModelLoss, Params
 from ._torch_rows import TorchRows, as_rows
 from .results import Convention, Scores

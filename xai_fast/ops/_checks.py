@@ -54,6 +54,28 @@ def check_at_least_zero(x: Any, name: str, what: str = "a number") -> float:
     return value
 
 
+def check_positive(x: Any, name: str) -> float:
+    """A finite number above 0, as a float."""
+    value = check_number(x, name)
+    if value <= 0:
+        raise ValueError(f"{name}: expected a number above 0, got {x!r}")
+    return value
+
+
+def check_count(x: Any, name: str, least: int = 1, most: int | None = None) -> int:
+    """A whole number of at least `least` and at most `most`."""
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(x).__name__}")
+    if x < least or (most is not None and x > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected a whole number {wanted}, got {x}")
+    return x
+
+
+def check_seed(seed: Any) -> int:
+    return check_count(seed, "seed", 0, 2**63 - 1)
+
+
 def check_residual(residual: Any) -> float:
     """The residual weight as a float: finite and not negative."""
     return check_at_least_zero(residual, "residual", "a weight")

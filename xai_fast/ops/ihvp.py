@@ -18,9 +18,8 @@ from .. import _backend
 from .._dtypes import accumulate_dtype
 from ..reference import ihvp as reference
 from . import _checks as check
+from . import _glm_checks as glm
 from ._library import Op
-
-FAMILIES = ("linear", "logistic", "poisson", "smooth_hinge", "softmax")
 
 # The sampler multiplies a row count by 64 random bits in two steps that must not overflow.
 MOST_ROWS = 2**31 - 1
@@ -89,109 +88,6 @@ _random_projection = Op(
     _C and _C.random_projection,
     lambda x, outputs, seed, offset: x.new_empty(x.shape[0], outputs, dtype=accumulate_dtype(x.dtype)),
 )
-
-
-# ---- arguments ----------------------------------------------------------------------------------------------------------
-
-
-def check_family(family: Any) -> None:
-    """ValueError unless the family is known."""
-    if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
-
-
-def check_positive(x: Any, name: str) -> float:
-    """A finite number above 0, as a float."""
-    value = check.check_number(x, name)
-    if value <= 0:
-        raise ValueError(f"{name}: expected a number above 0, got {x!r}")
-    return value
-
-
-def check_count(x: Any, name: str, least: int = 1, most: int | None = None) -> int:
-    """A whole number of at least `least` and at most `most`."""
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name}: expected a whole number, got {type(x).__name__}")
-    if x < least or (most is not None and x > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}: expected a whole number {wanted}, got {x}")
-    return x
-
-
-def check_seed(seed: Any) -> int:
-    return check_count(seed, "seed", 0, 2**63 - 1)
-
-
-def _check_design(X: Any) -> None:
-    check.check_float_tensor(X, "X")
-    if X.dim() != 2 or 0 in X.shape:
-        raise ValueError(f"X: expected shape (n, D) with at least one row and one column, got {check.shape_of(X)}")
-
-
-def _vectors(v: Any, name: str, X: Tensor, family: str, intercept: bool) -> Tensor:
-    """v as (M, P, C), in float32 or float64."""
-    check.check_float_tensor(v, name)
-    check.check_same_device(v, name, X.device)
-    params = X.shape[1] + intercept
-    shape = check.shape_of(v)
-    single = family != "softmax"
-    if v.dim() == 1 and single:
-        v = v.reshape(1, -1, 1)
-    elif v.dim() == 2:
-        v = v.unsqueeze(0)
-    if v.dim() != 3 or v.shape[1] != params or (single and v.shape[2] != 1) or 0 in v.shape:
-        wanted = f"({params},), ({params}, 1) or (M, {params}, 1)" if single else f"({params}, C) or (M, {params}, C)"
-        raise ValueError(f"{name}: expected shape {wanted} for family {family}, got {shape}")
-    if v.dtype != torch.float64 and v.dtype != accumulate_dtype(X.dtype) and v.dtype != X.dtype:
-        raise TypeError(f"{name}: expected {accumulate_dtype(X.dtype)} or torch.float64 for X of {X.dtype}, got {v.dtype}")
-    return v.to(accumulate_dtype(v.dtype))
-
-
-def _per_row(x: Any, name: str, X: Tensor, columns: int | None, dtype: torch.dtype) -> Tensor:
-    """A tensor with one entry (columns=None) or one row of `columns` entries for each row of X."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    check.check_same_device(x, name, X.device)
-    rows = X.shape[0]
-    shape = check.shape_of(x)
-    if columns == 1 and x.dim() == 1:
-        x = x.unsqueeze(1)
-    wanted = (rows,) if columns is None else (rows, columns)
-    if tuple(x.shape) != wanted:
-        raise ValueError(f"{name}: expected shape {wanted}, got {shape}")
-    return x.to(dtype)
-
-
-def _row_indices(rows: Any, name: str, X: Tensor) -> Tensor:
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        raise TypeError(
-            f"{name}: expected an int64 tensor, got {rows.dtype if isinstance(rows, Tensor) else type(rows).__name__}"
-        )
-    check.check_same_device(rows, name, X.device)
-    if rows.dim() != 1 or rows.numel() == 0:
-        raise ValueError(f"{name}: expected shape (rows,) with at least one row, got {check.shape_of(rows)}")
-    if not torch.compiler.is_compiling():
-        low, high = (int(end) for end in rows.aminmax())
-        if low < 0 or high >= X.shape[0]:
-            raise ValueError(f"{name}: expected rows from 0 to {X.shape[0] - 1}, got {low if low < 0 else high}")
-    return rows.contiguous()
-
-
-def _theta(theta: Any, X: Tensor, family: str, intercept: bool, columns: int, dtype: torch.dtype) -> Tensor:
-    found = _vectors(theta, "theta", X, family, intercept)
-    if found.shape[0] != 1 or found.shape[2] != columns:
-        raise ValueError(f"theta: expected one set of parameters with {columns} outputs, as v, got {check.shape_of(theta)}")
-    return found[0].to(dtype)
-
-
-def _labels(y: Any, X: Tensor, dtype: torch.dtype) -> Tensor:
-    labels = _per_row(y, "y", X, None, dtype)
-    if not torch.compiler.is_compiling() and not bool((labels.abs() == 1).all()):
-        raise ValueError("y: expected +1 and -1 for the smooth hinge, got other values")
-    return labels
-
-
-# ---- the ops ------------------------------------------------------------------------------------------------------------
 
 
 def glm_hvp(
@@ -266,14 +162,14 @@ def glm_hvp(
     >>> xf.ops.glm_hvp(X, torch.ones(2), family="linear", damping=1.0)
     tensor([1.5000, 3.0000])
     """
-    _check_design(X)
-    check_family(family)
-    vectors = _vectors(v, "v", X, family, bool(intercept))
+    glm.check_design(X)
+    glm.check_family(family)
+    vectors = glm.vectors_of(v, "v", X, family, bool(intercept))
     dtype, columns = vectors.dtype, vectors.shape[2]
     if weights is not None:
-        weights = _per_row(weights, "weights", X, columns, dtype)
+        weights = glm.per_row(weights, "weights", X, columns, dtype)
     elif theta is not None:
-        theta = _theta(theta, X, family, bool(intercept), columns, dtype)
+        theta = glm.theta_of(theta, X, family, bool(intercept), columns, dtype)
     elif family != "linear":
         raise ValueError(f"theta, weights: the {family} family needs one of them, got neither")
     if weights is not None or family != "smooth_hinge":
@@ -281,13 +177,13 @@ def glm_hvp(
     elif y is None:
         raise ValueError("y: the smooth hinge needs labels with theta, got None")
     else:
-        y = _labels(y, X, dtype)
+        y = glm.labels_of(y, X, dtype)
     if sample_weight is not None:
-        sample_weight = _per_row(sample_weight, "sample_weight", X, None, dtype)
+        sample_weight = glm.per_row(sample_weight, "sample_weight", X, None, dtype)
     if batch is not None:
-        batch = _row_indices(batch, "batch", X)
+        batch = glm.row_indices(batch, "batch", X)
     l2, damping = check.check_at_least_zero(l2, "l2"), check.check_at_least_zero(damping, "damping")
-    smoothing = check_positive(smoothing, "smoothing")
+    smoothing = check.check_positive(smoothing, "smoothing")
     at = theta if weights is None else None
     out = _glm_hvp(X, vectors, at, weights, y, sample_weight, batch, family, bool(intercept), smoothing, l2, damping)
     return out.reshape(v.shape).to(v.dtype)
@@ -328,9 +224,9 @@ def glm_weights(
     tensor([[0.2500],
             [0.2500]])
     """
-    _check_design(X)
-    check_family(family)
-    parameters = _vectors(theta, "theta", X, family, bool(intercept))
+    glm.check_design(X)
+    glm.check_family(family)
+    parameters = glm.vectors_of(theta, "theta", X, family, bool(intercept))
     if parameters.shape[0] != 1:
         raise ValueError(f"theta: expected one set of parameters, got {check.shape_of(theta)}")
     if family != "smooth_hinge":
@@ -338,9 +234,9 @@ def glm_weights(
     elif y is None:
         raise ValueError("y: the smooth hinge needs labels, got None")
     else:
-        y = _labels(y, X, parameters.dtype)
+        y = glm.labels_of(y, X, parameters.dtype)
     logits = reference.glm_logits(X, parameters[0], bool(intercept))
-    return reference.glm_weights(logits, y, family, check_positive(smoothing, "smoothing"))
+    return reference.glm_weights(logits, y, family, check.check_positive(smoothing, "smoothing"))
 
 
 def lissa(
@@ -417,27 +313,27 @@ def lissa(
     >>> torch.allclose(average, torch.ones(2), atol=0.2)  # H = I / 2 + I / 2
     True
     """
-    _check_design(X)
-    check_family(family)
-    g = _vectors(gradient, "gradient", X, family, bool(intercept))
+    glm.check_design(X)
+    glm.check_family(family)
+    g = glm.vectors_of(gradient, "gradient", X, family, bool(intercept))
     if weights is None:
         weights = _weights_at(X, theta, g, family, y, bool(intercept), smoothing)
-    weights = _per_row(weights, "weights", X, g.shape[2], g.dtype)
+    weights = glm.per_row(weights, "weights", X, g.shape[2], g.dtype)
     if sample_weight is not None:
-        sample_weight = _per_row(sample_weight, "sample_weight", X, None, g.dtype)
-    check_count(X.shape[0], "rows of X", 1, MOST_ROWS)
-    check_count(batch_size, "batch_size", 1, X.shape[0])
-    check_count(steps, "steps")
-    check_count(first_step, "first_step", 0, 2**32 - 1 - steps)
-    check_count(skip, "skip", 0, steps - 1)
-    sigma = check_positive(sigma, "sigma")
+        sample_weight = glm.per_row(sample_weight, "sample_weight", X, None, g.dtype)
+    check.check_count(X.shape[0], "rows of X", 1, MOST_ROWS)
+    check.check_count(batch_size, "batch_size", 1, X.shape[0])
+    check.check_count(steps, "steps")
+    check.check_count(first_step, "first_step", 0, 2**32 - 1 - steps)
+    check.check_count(skip, "skip", 0, steps - 1)
+    sigma = check.check_positive(sigma, "sigma")
     l2, damping = check.check_at_least_zero(l2, "l2"), check.check_at_least_zero(damping, "damping")
     at = g
     if start is not None:
-        at = sigma * _vectors(start, "start", X, family, bool(intercept)).to(g.dtype)
+        at = sigma * glm.vectors_of(start, "start", X, family, bool(intercept)).to(g.dtype)
         if at.shape != g.shape:
             raise ValueError(f"start: expected shape {check.shape_of(gradient)}, as gradient, got {check.shape_of(start)}")
-    options = (family, bool(intercept), l2, damping, sigma, batch_size, first_step, steps, skip, check_seed(seed))
+    options = (family, bool(intercept), l2, damping, sigma, batch_size, first_step, steps, skip, check.check_seed(seed))
     last, average = _lissa(X, g, weights, sample_weight, at, *options)
     shape, dtype = gradient.shape, gradient.dtype
     return (last / sigma).reshape(shape).to(dtype), (average / sigma).reshape(shape).to(dtype)
@@ -455,15 +351,15 @@ def _weights_at(
 
 
 def _score_operands(X: Any, delta: Any, solutions: Any, rows: Any, intercept: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    _check_design(X)
+    glm.check_design(X)
     check.check_float_tensor(solutions, "solutions")
     check.check_same_device(solutions, "solutions", X.device)
     params = X.shape[1] + intercept
     if solutions.dim() != 3 or solutions.shape[1] != params or 0 in solutions.shape:
         raise ValueError(f"solutions: expected shape (M, {params}, C), got {check.shape_of(solutions)}")
     wide = solutions.to(accumulate_dtype(solutions.dtype))
-    delta = _per_row(delta, "delta", X, solutions.shape[2], wide.dtype)
-    return delta, wide, None if rows is None else _row_indices(rows, "rows", X)
+    delta = glm.per_row(delta, "delta", X, solutions.shape[2], wide.dtype)
+    return delta, wide, None if rows is None else glm.row_indices(rows, "rows", X)
 
 
 def influence_scores(
@@ -552,7 +448,7 @@ def influence_top_k(
     (tensor([[2., 1.]]), tensor([[2, 0]]))
     """
     delta, wide, rows = _score_operands(X, delta, solutions, rows, bool(intercept))
-    check_count(k, "k", 1, X.shape[0] if rows is None else rows.shape[0])
+    check.check_count(k, "k", 1, X.shape[0] if rows is None else rows.shape[0])
     values, indices = _influence_top_k(X, delta, wide, rows, bool(intercept), k, bool(largest))
     return values.to(solutions.dtype), indices
 
@@ -587,10 +483,10 @@ def sample_rows(rows: int, count: int, *, seed: int, step: int = 0, device: torc
     >>> xf.ops.sample_rows(1000, 4, seed=3, step=5)
     tensor([330, 195, 313, 836])
     """
-    check_count(rows, "rows", 1, MOST_ROWS)
-    check_count(count, "count")
-    check_count(step, "step", 0, 2**32 - 1)
-    return _sample_rows(torch.empty(0, device=device), rows, count, check_seed(seed), step)
+    check.check_count(rows, "rows", 1, MOST_ROWS)
+    check.check_count(count, "count")
+    check.check_count(step, "step", 0, 2**32 - 1)
+    return _sample_rows(torch.empty(0, device=device), rows, count, check.check_seed(seed), step)
 
 
 def random_projection(x: Tensor, outputs: int, *, seed: int = 0, offset: int = 0) -> Tensor:
@@ -636,6 +532,6 @@ def random_projection(x: Tensor, outputs: int, *, seed: int = 0, offset: int = 0
     check.check_float_tensor(x, "x")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected shape (B, P) with P of at least 1, got {check.shape_of(x)}")
-    check_count(outputs, "outputs")
-    check_count(offset, "offset", 0, 2**63 - 1 - x.shape[1])
-    return _random_projection(x, outputs, check_seed(seed), offset)
+    check.check_count(outputs, "outputs")
+    check.check_count(offset, "offset", 0, 2**63 - 1 - x.shape[1])
+    return _random_projection(x, outputs, check.check_seed(seed), offset)

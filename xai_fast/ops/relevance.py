@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import _backend
 from ..reference import relevance as reference
 from . import _checks as check
+from . import _relevance_checks as rules
 from ._library import Op
 
 __all__ = [
@@ -26,9 +26,6 @@ __all__ = [
     "softmax_relevance",
     "targeted_rows",
 ]
-
-LINEAR_RULES = ("epsilon", "zplus", "gamma", "alphabeta", "flat", "wsquare", "zbox")
-_LINEAR_ALIASES = {"z+": "zplus", "w2": "wsquare"}
 
 # The streamed CUDA kernels keep whole rows of q, k and v on the chip; wider heads run the reference.
 CUDA_MOST_DIM = 256
@@ -176,9 +173,9 @@ def av_relevance(
         wanted = "(B, H, Nq, Nk) with H, Nq, Nk of at least 1"
         raise ValueError(f"attention: expected shape {wanted}, got {check.shape_of(attention)}")
     batch, heads, queries, keys = attention.shape
-    _check_value(value, "value", batch, heads, keys, attention)
+    rules.check_value(value, "value", batch, heads, keys, attention)
     check.check_like(relevance, "relevance", (batch, heads, queries, value.shape[3]), attention)
-    return _av_relevance(attention, value, relevance, _check_lam(lam), _check_eps(eps))
+    return _av_relevance(attention, value, relevance, rules.check_lam(lam), rules.check_eps(eps))
 
 
 def softmax_relevance(logits: Tensor, probs: Tensor, relevance: Tensor, *, rule: str = "taylor") -> Tensor:
@@ -270,7 +267,7 @@ def skip_relevance(
     check.check_like(relevance, "relevance", check.shape_of(x), x)
     if rule not in ("epsilon", "ratio"):
         raise ValueError(f"rule: expected 'epsilon' or 'ratio', got {rule!r}")
-    return _skip_relevance(x, y, relevance, rule, _check_eps(eps))
+    return _skip_relevance(x, y, relevance, rule, rules.check_eps(eps))
 
 
 def layer_norm_relevance(
@@ -329,7 +326,7 @@ def layer_norm_relevance(
             check.check_like(parameter, name, (x.shape[-1],), x)
     check.check_like(relevance, "relevance", check.shape_of(x), x)
     norm_eps = check.check_number(norm_eps, "norm_eps")
-    return _norm_relevance(x, weight, bias, relevance, norm_eps, _check_eps(eps), bool(rms), bool(detach_mean), False)
+    return _norm_relevance(x, weight, bias, relevance, norm_eps, rules.check_eps(eps), bool(rms), bool(detach_mean), False)
 
 
 def linear_relevance(
@@ -412,10 +409,10 @@ def linear_relevance(
     if bias is not None:
         check.check_like(bias, "bias", (outputs,), x)
     check.check_like(relevance, "relevance", (*x.shape[:-1], outputs), x)
-    rule = check_linear_rule(rule)
-    eps, gamma = _check_eps(eps), check.check_at_least_zero(gamma, "gamma")
-    alpha, beta = check_alpha_beta(alpha, beta)
-    bounds = (_check_bound(low, "low", x), _check_bound(high, "high", x)) if rule == "zbox" else (None, None)
+    rule = rules.check_linear_rule(rule)
+    eps, gamma = rules.check_eps(eps), check.check_at_least_zero(gamma, "gamma")
+    alpha, beta = rules.check_alpha_beta(alpha, beta)
+    bounds = (rules.check_bound(low, "low", x), rules.check_bound(high, "high", x)) if rule == "zbox" else (None, None)
     return _linear_relevance(x, weight, bias, relevance, rule, eps, gamma, alpha, beta, *bounds)
 
 
@@ -487,10 +484,10 @@ def attention_relevance(
     tensor([[[[0.2500],
               [0.7500]]]])
     """
-    _check_attention_inputs(query, key, value)
+    rules.check_attention_inputs(query, key, value)
     shape = (*query.shape[:3], value.shape[3])
     check.check_like(relevance, "relevance", shape, query)
-    options = _attention_options(query, key, output, attn_mask, scale, is_causal, lam, eps, shape)
+    options = rules.attention_options(query, key, output, attn_mask, scale, is_causal, lam, eps, shape)
     return _run_attention(query, key, value, relevance, *options, False)
 
 
@@ -570,7 +567,7 @@ def targeted_rows(
     >>> xf.ops.targeted_rows(query, key, value, grad_out, torch.tensor([[[1.0, 0.0]]]))
     tensor([[[1.5000, 0.0000]]])
     """
-    _check_attention_inputs(query, key, value)
+    rules.check_attention_inputs(query, key, value)
     batch, heads, tokens, _ = query.shape
     if key.shape[2] != tokens:
         raise ValueError(f"key: expected as many keys as queries ({tokens}), got {key.shape[2]}")
@@ -587,7 +584,7 @@ def targeted_rows(
     if head_fusion not in ("mean", "sum"):
         raise ValueError(f"head_fusion: expected 'mean' or 'sum', got {head_fusion!r}")
     options = (attn_mask, lse, relevance_out, output, check.check_scale(scale), bool(is_causal), head_fusion, bool(clamp))
-    numbers = (check.check_residual(residual), bool(normalize), _check_lam(lam), _check_eps(eps))
+    numbers = (check.check_residual(residual), bool(normalize), rules.check_lam(lam), rules.check_eps(eps))
     if _too_wide(query, value):
         return reference.targeted_rows(query, key, value, grad_out, rows, *options, *numbers)
     return _targeted_rows(query, key, value, grad_out, rows, *options, *numbers)
@@ -610,10 +607,10 @@ def attention_gradients(
     eps: float = 0.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """:func:`attention_relevance` in gradient form: R_O = O grad_out, R_Q = Q g_q, ...; for lam = 0 g_q and g_k are None."""
-    _check_attention_inputs(query, key, value)
+    rules.check_attention_inputs(query, key, value)
     shape = (*query.shape[:3], value.shape[3])
     check.check_like(grad_out, "grad_out", shape, query)
-    options = _attention_options(query, key, output, attn_mask, scale, is_causal, lam, eps, shape)
+    options = rules.attention_options(query, key, output, attn_mask, scale, is_causal, lam, eps, shape)
     g_q, g_k, g_v = _run_attention(query, key, value, grad_out, *options, True)
     return (None, None, g_v) if lam == 0 else (g_q, g_k, g_v)
 
@@ -633,88 +630,6 @@ def stabilized_gradient(grad: Tensor, y: Tensor, eps: float) -> Tensor:
 def identity_gradient(grad: Tensor, x: Tensor, y: Tensor, at_zero: float = 0.0) -> Tensor:
     """Identity rule R_x = R_y of y = f(x) in gradient form: g y / x, and g at_zero, which should be f'(0), where x = 0."""
     return _identity_gradient(grad, x, y, float(at_zero))
-
-
-# ---- checks ------------------------------------------------------------------------------------------------------------
-
-
-def check_linear_rule(rule: Any) -> str:
-    """The rule in the spelling of LINEAR_RULES."""
-    plain = _LINEAR_ALIASES.get(str(rule).lower(), str(rule).lower())
-    for mark in "-_^ ":
-        plain = plain.replace(mark, "")
-    plain = _LINEAR_ALIASES.get(plain, plain)
-    if not isinstance(rule, str) or plain not in LINEAR_RULES:
-        raise ValueError(f"rule: expected one of {', '.join(LINEAR_RULES)}, got {rule!r}")
-    return plain
-
-
-def check_alpha_beta(alpha: Any, beta: Any) -> tuple[float, float]:
-    alpha, beta = check.check_number(alpha, "alpha"), check.check_at_least_zero(beta, "beta")
-    if abs(alpha - beta - 1) > 1e-9 * max(1.0, abs(alpha)):
-        raise ValueError(f"alpha, beta: expected alpha - beta = 1, got {alpha!r} and {beta!r}")
-    return alpha, beta
-
-
-def _check_eps(eps: Any) -> float:
-    return check.check_at_least_zero(eps, "eps")
-
-
-def _check_lam(lam: Any) -> float:
-    value = check.check_number(lam, "lam")
-    if not 0 <= value <= 1:
-        raise ValueError(f"lam: expected a share in [0, 1], got {lam!r}")
-    return value
-
-
-def _check_bound(bound: Any, name: str, x: Tensor) -> Tensor:
-    if bound is None:
-        raise ValueError(f"{name}: the z_box rule needs the bounds low and high of the input, got None")
-    tensor = bound if isinstance(bound, Tensor) else torch.tensor(check.check_number(bound, name))
-    tensor = tensor.to(x)
-    try:
-        tensor.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to {check.shape_of(x)}, got {check.shape_of(tensor)}"
-        ) from None
-    return tensor
-
-
-def _check_value(value: Any, name: str, batch: int, heads: int, keys: int, like: Tensor) -> None:
-    check.check_float_tensor(value, name)
-    shape = value.shape
-    if len(shape) != 4 or shape[0] != batch or shape[2] != keys or not shape[1] or heads % shape[1] or not shape[3]:
-        wanted = f"({batch}, Hkv, {keys}, D) with Hkv a divisor of {heads}"
-        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(shape)}")
-    check.check_like(value, name, tuple(shape), like)
-
-
-def _check_attention_inputs(query: Any, key: Any, value: Any) -> None:
-    check.check_query_key(query, key)
-    if not key.shape[2]:
-        raise ValueError(f"key: expected at least one key, got {check.shape_of(key)}")
-    _check_value(value, "value", query.shape[0], key.shape[1], key.shape[2], query)
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"value: expected the {key.shape[1]} heads of key, got {value.shape[1]}")
-
-
-def _attention_options(
-    query: Tensor,
-    key: Tensor,
-    output: Any,
-    attn_mask: Any,
-    scale: Any,
-    is_causal: Any,
-    lam: Any,
-    eps: Any,
-    shape: tuple[int, ...],
-) -> tuple[Any, ...]:
-    if output is not None:
-        check.check_like(output, "output", shape, query)
-    if attn_mask is not None:
-        attn_mask = check.check_mask(attn_mask, query, key.shape[2])
-    return output, attn_mask, check.check_scale(scale), bool(is_causal), _check_lam(lam), _check_eps(eps)
 
 
 def _too_wide(query: Tensor, value: Tensor) -> bool:
