@@ -7,6 +7,7 @@ import pickle
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tests.influence.problems import FAMILIES, dense_hessian, design, labelled, random_head, row_gradients
 from xai_fast.influence import Head, Influence, LinearHead, LogisticHead, NotConverged, Scores, SoftmaxHead, _rows
+from xai_fast.influence._solvers import exact as exact_solver
 
 N, D, TESTS, L2, DAMPING = 30, 4, 6, 0.1, 0.02
 ARRAYS = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -394,11 +396,15 @@ def test_results_say_what_they_mean() -> None:
 def test_the_factor_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y, X_test, y_test = data("softmax")
     influence = Influence(random_head("softmax", D, l2=L2), X, y, damping=DAMPING)
+    assembled, factored = Mock(wraps=influence.problem.dense), Mock(wraps=exact_solver._factor)
+    monkeypatch.setattr(influence.problem, "dense", assembled)
+    monkeypatch.setattr(exact_solver, "_factor", factored)
     influence.scores(X_test, y_test)
-    monkeypatch.setattr(influence.problem, "dense", lambda: pytest.fail("assembled twice"))
     influence.top_k(X_test, y_test, 3)
     influence.self_influence()
     influence.loo(X_test, y_test)
+    assert assembled.call_count == 1
+    assert factored.call_count == 1
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ from .results import Solution
 
 __all__ = ["SOLVERS", "ExactFactor", "LowRank", "NotConverged", "Prepared", "choose", "prepare", "solve"]
 
+_P = ParamSpec("_P")
+
 SOLVERS = ("auto", "exact", "cg", "lissa", "lanczos")
 
 # Iterations of CG by default, over all rounds.
@@ -42,6 +47,17 @@ class NotConverged(RuntimeWarning):
     """
 
 
+def _with_warning(solve: Callable[_P, Solution]) -> Callable[_P, Solution]:
+    @functools.wraps(solve)
+    def warned(*args: _P.args, **options: _P.kwargs) -> Solution:
+        solution = solve(*args, **options)
+        warn_if_not_converged(solution)
+        return solution
+
+    return warned
+
+
+@_with_warning
 def solve(
     problem: Problem,
     gradient: Tensor,
@@ -126,40 +142,6 @@ def solve(
     >>> solution.x, solution.steps, solution.converged
     (tensor([[1.0000, 0.2500]], dtype=torch.float64), 2, True)
     """
-    solution = solve_quietly(
-        problem,
-        gradient,
-        solver=solver,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        seed=seed,
-        batch_size=batch_size,
-        repeats=repeats,
-        preconditioner=preconditioner,
-        rank=rank,
-        factor=factor,
-        progress=progress,
-    )
-    warn_if_not_converged(solution)
-    return solution
-
-
-def solve_quietly(
-    problem: Problem,
-    gradient: Tensor,
-    *,
-    solver: str = "auto",
-    tolerance: float = 1e-5,
-    max_steps: int | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    repeats: int = 1,
-    preconditioner: bool = True,
-    rank: int | None = None,
-    factor: ExactFactor | LowRank | None = None,
-    progress: bool = False,
-) -> Solution:
-    """:func:`solve` for callers that solve in several parts and warn once for all, with :func:`warn_if_not_converged`."""
     solver = "lanczos" if solver == "arnoldi" else solver
     g = _check(problem, gradient, solver, factor).to(problem.wide)
     tolerance = check_tolerance(tolerance)
@@ -187,6 +169,11 @@ def solve_quietly(
         tolerance=tolerance,
         standard_error=error,
     )
+
+
+def solve_quietly(problem: Problem, gradient: Tensor, **options: Any) -> Solution:
+    """:func:`solve` for callers that solve in parts and warn once for all, with :func:`warn_if_not_converged`."""
+    return inspect.unwrap(solve)(problem, gradient, **options)
 
 
 @dataclass(frozen=True)
