@@ -1,14 +1,18 @@
-"""The compiled kernels behind one signature: on the CPU, emulated CUDA on the CPU, and CUDA where a GPU is present."""
+"""The compiled kernels behind one signature: on the CPU, emulated CUDA on the CPU, and CUDA where a GPU is present.
+
+What the tests of every family ask of them: results that depend neither on the order of threads nor on their number.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,3 +57,45 @@ def available() -> list[Implementation]:
     if torch.cuda.is_available() and _backend.HAS_CUDA_KERNELS:
         found.append(Implementation("cuda", "cuda", lambda: _backend.C))
     return found
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def assert_same_bits(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> None:
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def assert_order_of_threads_does_not_matter(seed: int, calls: Iterable[tuple[Any, ...]]) -> None:
+    """Each call is (function, *args). A missing barrier shows as a difference between the emulator's schedules."""
+    emulated = next((i for i in available() if i.emulated), None)
+    if emulated is None:
+        pytest.skip("no CUDA headers for the emulator")
+    calls = list(calls)
+
+    def run(schedule: int) -> list[Tensor]:
+        emulated.load().set_schedule_seed(schedule)
+        return [t for call in calls for t in tensors_of(emulated(*call))]
+
+    try:
+        expected = run(0)
+        assert_same_bits(run(seed), expected)
+    finally:
+        emulated.load().set_schedule_seed(0)
+
+
+def with_threads(count: int, call: Callable[[], Any]) -> Any:
+    """What `call` returns with `count` threads of torch."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_number_of_threads_does_not_matter(call: Callable[[], tuple[Tensor, ...]]) -> None:
+    one, *others = (with_threads(count, call) for count in (1, 2, 3))
+    for other in others:
+        assert_same_bits(other, one)

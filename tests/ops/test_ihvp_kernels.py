@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.emulator.build import sanitized
-from tests.implementations import Implementation, available
+from tests.implementations import Implementation, assert_order_of_threads_does_not_matter, available
 from tests.tolerances import assert_close_to_reference
 from xai_fast.reference import ihvp as reference
 from xai_fast.reference.philox import philox, signs
@@ -485,10 +485,6 @@ def test_random_problems_cuda(p: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> None:
-    """A missing barrier shows as a difference between schedules."""
-    emulated = next((i for i in available() if i.emulated), None)
-    if emulated is None:
-        pytest.skip("no CUDA headers for the emulator")
     scores = scores_problem(1500, 1, 1, 1)
     calls = [
         ("glm_hvp_route", *hvp_problem(90, 70, 2, 3, "softmax", theta=True, intercept=True), "fused"),
@@ -501,15 +497,4 @@ def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> No
         ("influence_top_k", *scores, 400, True),
         ("random_projection", normal(9, 600), 140, 3, 0),
     ]
-
-    def run() -> list[Tensor]:
-        results = [emulated(*call) for call in calls]
-        return [t for r in results for t in (r if isinstance(r, tuple) else (r,))]
-
-    try:
-        emulated.load().set_schedule_seed(0)
-        expected = run()
-        emulated.load().set_schedule_seed(seed)
-        assert all(torch.equal(a, e) for a, e in zip(run(), expected, strict=True))
-    finally:
-        emulated.load().set_schedule_seed(0)
+    assert_order_of_threads_does_not_matter(seed, calls)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import xai_fast as xf
+from tests.implementations import assert_number_of_threads_does_not_matter
 from tests.tolerances import assert_close_to_reference
 from xai_fast.ops import ihvp as ops
 from xai_fast.ops._glm_checks import FAMILIES
@@ -244,26 +245,18 @@ def test_thread_count_does_not_matter() -> None:
     X, delta = torch.randn(3000, 33), torch.randn(3000, C)
     v, weights = torch.randn(2, 33, C), torch.rand(3000, C)
     many = torch.randn(40, 33, C)  # matrix products of MKL would round differently
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            lissa = xf.ops.lissa(X, v, weights=weights, family="softmax", sigma=99.0, batch_size=300, steps=3)
-            results.append(
-                (
-                    xf.ops.glm_hvp(X, v, weights=weights, family="softmax"),
-                    xf.ops.glm_hvp(X, many, weights=weights, family="softmax"),
-                    *xf.ops.lissa(X, many, weights=weights, family="softmax", sigma=99.0, batch_size=300, steps=3),
-                    *lissa,
-                    *xf.ops.influence_top_k(X, delta, v, 9),
-                    xf.ops.random_projection(X.T, 50),
-                )
-            )
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    options: dict[str, Any] = {"weights": weights, "family": "softmax"}
+    steps: dict[str, Any] = {**options, "sigma": 99.0, "batch_size": 300, "steps": 3}
+    assert_number_of_threads_does_not_matter(
+        lambda: (
+            xf.ops.glm_hvp(X, v, **options),
+            xf.ops.glm_hvp(X, many, **options),
+            *xf.ops.lissa(X, many, **steps),
+            *xf.ops.lissa(X, v, **steps),
+            *xf.ops.influence_top_k(X, delta, v, 9),
+            xf.ops.random_projection(X.T, 50),
+        )
+    )
 
 
 DATA, V, W = torch.randn(N, D), torch.randn(D, C), torch.rand(N, C)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import xai_fast as xf
+from tests.implementations import assert_number_of_threads_does_not_matter, with_threads
 from tests.peers.locate import peers_directory
 from xai_fast.ops import relevance as ops
 from xai_fast.reference import relevance as reference
@@ -289,25 +290,13 @@ def test_gradients_and_strides_and_threads(op: Any, build: Any) -> None:
 
     spread = [torch.stack([a, a], -1)[..., 0] if isinstance(a, Tensor) else a for a in args]
     torch.testing.assert_close(op(*spread), plain, rtol=0, atol=0)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        torch.testing.assert_close(op(*args), plain, rtol=0, atol=0)
-    finally:
-        torch.set_num_threads(threads)
+    other = with_threads(1 if torch.get_num_threads() > 1 else 2, lambda: op(*args))
+    torch.testing.assert_close(other, plain, rtol=0, atol=0)
 
 
 def test_results_do_not_depend_on_threads_when_queries_are_cut_into_slots() -> None:
     query, key, value, relevance = (torch.randn(1, 2, 500, 8) for _ in range(4))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(xf.ops.attention_relevance(query, key, value, relevance))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+    assert_number_of_threads_does_not_matter(lambda: xf.ops.attention_relevance(query, key, value, relevance))
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates() -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.emulator.build import sanitized
-from tests.implementations import Implementation, available
+from tests.implementations import Implementation, assert_order_of_threads_does_not_matter, available
 from tests.tolerances import assert_close_to_reference
 from xai_fast.reference import rollout as reference
 
@@ -312,10 +312,6 @@ def test_random_problems_cuda(p: dict) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> None:
-    """A missing barrier shows as a difference between schedules."""
-    emulated = next((i for i in available() if i.emulated), None)
-    if emulated is None:
-        pytest.skip("no CUDA headers for the emulator")
     attention = attention_of(1, 3, 37, torch.float32)
     q, k, rows = torch.randn(1, 2, 37, 24), torch.randn(1, 1, 37, 24), torch.rand(1, 2, 37)
     half_q, half_k = q.half(), k.half()
@@ -326,13 +322,7 @@ def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> No
         ("rollout_rows_qk", q, k, rows, None, None, None, False, "mean", 1.0, True),
         ("rollout_rows_qk", half_q, half_k, rows, None, None, None, False, "max", 1.0, True),
     ]
-    try:
-        emulated.load().set_schedule_seed(0)
-        expected = [emulated(*call) for call in calls]
-        emulated.load().set_schedule_seed(seed)
-        assert all(torch.equal(emulated(*call), e) for call, e in zip(calls, expected, strict=True))
-    finally:
-        emulated.load().set_schedule_seed(0)
+    assert_order_of_threads_does_not_matter(seed, calls)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import xai_fast as xf
+from tests.implementations import assert_number_of_threads_does_not_matter
 from tests.tolerances import assert_close_to_reference
 from xai_fast.ops import rollout as ops
 from xai_fast.reference import rollout as reference
@@ -115,23 +116,14 @@ def test_autocast_and_inference_mode(attention: torch.Tensor, rows: torch.Tensor
 def test_thread_count_does_not_matter(tokens: int) -> None:
     attention = torch.randn(3, 4, tokens, tokens).softmax(-1)
     query, rows = torch.randn(3, 4, tokens, 16), torch.rand(3, 2, tokens)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(
-                (
-                    xf.ops.rollout_rows(attention, rows),
-                    xf.ops.fuse_heads(attention),
-                    xf.ops.rollout_rows_qk(query, query, rows),
-                    xf.ops.rollout_rows_qk(query, query, rows, head_fusion="min", is_causal=True),
-                )
-            )
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    assert_number_of_threads_does_not_matter(
+        lambda: (
+            xf.ops.rollout_rows(attention, rows),
+            xf.ops.fuse_heads(attention),
+            xf.ops.rollout_rows_qk(query, query, rows),
+            xf.ops.rollout_rows_qk(query, query, rows, head_fusion="min", is_causal=True),
+        )
+    )
 
 
 def test_many_rows_take_the_matrix_route() -> None:
