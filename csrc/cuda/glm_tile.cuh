@@ -1,4 +1,4 @@
-// Tiles of rows of a generalised linear model, what glm_hvp.cu and lissa.cu share: rows and vectors staged in shared memory
+// Tiles of rows of a generalised linear model, what ihvp.cu and lissa.cu share: rows and vectors staged in shared memory
 // in the accumulate type, their products by warps, and the curvature between the two products.
 //
 //   tile (rows,pitch)         params first .. first + pitch - 1 of every row, the intercept's 1 included; zeros behind

@@ -1,4 +1,5 @@
 // CUDA side of ../ihvp.h: the Hessian-vector product in one pass over X, and the curvature between two matrix products.
+// The rest of the family lies in lissa.cu, influence_scores.cu and projection.cu.
 #include "glm_tile.cuh"
 
 namespace xai {
