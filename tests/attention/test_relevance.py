@@ -320,3 +320,11 @@ def test_bad_input() -> None:
     record.relevance(score_of(out))
     with pytest.raises(ValueError, match=r"method: 'lrp' needs a forward pass of the captured model in evaluation mode"):
         record.relevance(score_of(out), method="lrp")
+
+
+def test_signed_attention_of_a_loss_for_each_sample_works_without_grad_mode() -> None:
+    alpha = torch.rand(3, 4, requires_grad=True)
+    loss = (alpha**2).sum(1)
+    with torch.no_grad():
+        found = xf.attention.signed_attention(alpha, loss)
+    torch.testing.assert_close(found, -2 * alpha.detach() ** 2)

@@ -63,7 +63,7 @@ def signed_attention(alpha: Tensor | Sequence[Tensor], loss: Tensor, *, retain_g
         raise TypeError(f"loss: expected a torch.Tensor, got {type(loss).__name__}")
     if not loss.requires_grad:
         raise ValueError("loss: expected a tensor with a graph, got one without")
-    grads = torch.autograd.grad(loss.sum(), weights, retain_graph=retain_graph, allow_unused=True)
+    grads = torch.autograd.grad(loss, weights, torch.ones_like(loss), retain_graph=retain_graph, allow_unused=True)
     found = []
     for number, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
         if grad is None:
