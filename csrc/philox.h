@@ -11,21 +11,23 @@ struct Words {
   uint32_t word[4];
 };
 
+constexpr int kPhiloxRounds = 10;
+constexpr uint64_t kPhiloxMultiply0 = 0xD2511F53u, kPhiloxMultiply1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
+
 inline XAI_HOST_DEVICE Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  constexpr uint64_t kMultiply0 = 0xD2511F53u, kMultiply1 = 0xCD9E8D57u;
-  constexpr uint32_t kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = kMultiply0 * c0, product1 = kMultiply1 * c2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = kPhiloxMultiply0 * c0, product1 = kPhiloxMultiply1 * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ key0;
     c1 = uint32_t(product1);
     c2 = uint32_t(product0 >> 32) ^ c3 ^ key1;
     c3 = uint32_t(product0);
-    key0 += kStep0;
-    key1 += kStep1;
+    key0 += kPhiloxStep0;
+    key1 += kPhiloxStep1;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -13,4 +13,4 @@ export LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=l
 export ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
 exec "$python" -m pytest tests/emulator tests/ops/test_rollout_kernels.py tests/ops/test_relevance_kernels.py \
-  tests/ops/test_attention_relevance_kernels.py tests/ops/test_ihvp_kernels.py "$@"
+  tests/ops/test_attention_relevance_kernels.py tests/ops/test_ihvp_kernels.py tests/ops/test_metrics_kernels.py "$@"

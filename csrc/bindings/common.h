@@ -25,6 +25,7 @@ using at::Tensor;
 void bind_rollout(pybind11::module_& m);
 void bind_relevance(pybind11::module_& m);
 void bind_ihvp(pybind11::module_& m);
+void bind_metrics(pybind11::module_& m);
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -67,6 +68,13 @@ inline void* current_stream([[maybe_unused]] const Tensor& x) {
 }
 
 inline void check_launch(const char* message) { TORCH_CHECK(message == nullptr, "xai_fast CUDA kernel: ", message); }
+
+inline void check_tensor(const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype, const Tensor& like,
+                         const char* name) {
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, ": expected shape ", shape, ", got ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == like.device(), name, ": expected device ", like.device(), ", got ", x.device());
+}
 
 inline void check_rows(const Tensor& rows, int64_t batch, int64_t tokens, const Tensor& like) {
   TORCH_CHECK_VALUE(rows.dim() == 3 && rows.size(0) == batch && rows.size(2) == tokens, "rows: expected shape (B, R, N) = (",

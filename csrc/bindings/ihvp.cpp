@@ -31,12 +31,6 @@ Family family_of(const std::string& name) {
 
 const void* data_or_null(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
-void check_tensor(const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype, const Tensor& like, const char* name) {
-  TORCH_CHECK_VALUE(x.sizes() == shape, name, ": expected shape ", shape, ", got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.device() == like.device(), name, ": expected device ", like.device(), ", got ", x.device());
-}
-
 void check_optional(const OptionalTensor& x, at::IntArrayRef shape, at::ScalarType dtype, const Tensor& like,
                     const char* name) {
   if (x) check_tensor(*x, shape, dtype, like, name);

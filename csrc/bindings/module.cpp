@@ -73,6 +73,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   xai::bind_rollout(m);
   xai::bind_relevance(m);
   xai::bind_ihvp(m);
+  xai::bind_metrics(m);
 #ifdef XAI_EMULATE
   m.def("set_schedule_seed", [](int seed) { emulator::schedule_seed = seed; });
   m.def("emulate_cuda", [](bool on) { xai::emulate_cuda = on; });

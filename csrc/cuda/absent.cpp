@@ -1,5 +1,6 @@
 // Stands in for the .cu files in a build without CUDA: every launcher says so. The Python side never calls them then.
 #include "../ihvp.h"
+#include "../metrics.h"
 #include "../relevance.h"
 #include "../rollout.h"
 
@@ -34,5 +35,14 @@ const char* launch_lissa(const Lissa&, void*) { return kAbsent; }
 const char* launch_sample_rows(int64_t*, int64_t, int64_t, uint64_t, int64_t, void*) { return kAbsent; }
 const char* launch_score_chunk(const ScoreChunk&, void*) { return kAbsent; }
 const char* launch_projection(const Projection&, void*) { return kAbsent; }
+
+const char* launch_invert_order(const RankFeatures&, void*) { return kAbsent; }
+const char* launch_replace_ranked(const ReplaceRanked&, void*) { return kAbsent; }
+int64_t perturb_slots_cuda(int64_t) { return 1; }
+const char* launch_perturb(const Perturb&, void*) { return kAbsent; }
+int64_t map_distances_slots_cuda(int64_t) { return 1; }
+const char* launch_map_distances(const MapDistances&, void*) { return kAbsent; }
+int64_t conciseness_slots_cuda(int64_t, int64_t) { return 1; }
+const char* launch_conciseness(const Conciseness&, void*) { return kAbsent; }
 
 }  // namespace xai

@@ -13,6 +13,7 @@ from .ihvp import (
     random_projection,
     sample_rows,
 )
+from .metrics import conciseness, map_distances, perturb, rank_features, replace_ranked
 from .relevance import (
     attention_relevance,
     av_relevance,
@@ -28,6 +29,7 @@ __all__ = [
     "attention_probabilities",
     "attention_relevance",
     "av_relevance",
+    "conciseness",
     "fuse_heads",
     "glm_hvp",
     "glm_weights",
@@ -36,7 +38,11 @@ __all__ = [
     "layer_norm_relevance",
     "linear_relevance",
     "lissa",
+    "map_distances",
+    "perturb",
     "random_projection",
+    "rank_features",
+    "replace_ranked",
     "rollout_rows",
     "rollout_rows_qk",
     "sample_rows",
