@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .._files import fsync
 from .._optional import optional_import
-from ._store_manifest import fsync
 
 __all__ = ["SUFFIXES", "DiskArray", "NpyArray", "ZarrArray", "array_on_disk"]
 

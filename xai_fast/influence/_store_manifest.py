@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._files import fsync
 from .results import Convention
 
-__all__ = ["FORMAT", "Manifest", "fsync"]
+__all__ = ["FORMAT", "Manifest"]
 
 FORMAT = 1
 
@@ -103,12 +104,3 @@ class Manifest:
             raise ValueError(f"path: expected a manifest of a store, got something else in {str(path)!r}") from None
         manifest.shape, manifest.tile = (manifest.shape[0], manifest.shape[1]), (manifest.tile[0], manifest.tile[1])
         return manifest
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import ops
+from .._fingerprint import fingerprint, function_name, pieces
 from .._version import __version__
-from ._fingerprint import fingerprint, function_name, pieces
 from ._functionals import Functional, check_functional
 from ._torch_rows import check_batch, count_of
 from .influence import Influence

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._fingerprint import fingerprint, pieces
 from ._extremes import merged
-from ._fingerprint import fingerprint, pieces
 from ._functionals import Functional
 from ._labels import as_array, real_numbers
 from ._ranks import Ranks

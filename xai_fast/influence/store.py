@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._files import fsync
 from .._optional import optional_import
 from ..ops._checks import check_count
 from ._extremes import extremes, merged
 from ._functionals import Functional
 from ._store_arrays import SUFFIXES, DiskArray, NpyArray, array_on_disk
-from ._store_manifest import Manifest, fsync
+from ._store_manifest import Manifest
 from ._store_source import Source, source_of
 from .influence import Influence
 from .results import Convention, Solution, TopK
