@@ -26,14 +26,15 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_public_names_have_examples() -> None:
-    for owner in (xai_fast, xai_fast.ops, xai_fast.attention, xai_fast.lrp, xai_fast.influence):
+    metrics = (xai_fast.metrics, xai_fast.metrics.human)
+    for owner in (xai_fast, xai_fast.ops, xai_fast.attention, xai_fast.lrp, xai_fast.influence, *metrics):
         for name in owner.__all__:
             if callable(value := getattr(owner, name)):
                 assert ">>>" in (value.__doc__ or ""), f"{name}: its docstring has no example"
 
 
 def test_readme_examples() -> None:
-    rollout, relevance, influence = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    rollout, relevance, influence, measures = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict[str, object] = {}
     exec(rollout, scope)
     assert scope["heat"].shape == (8, 257)
@@ -48,3 +49,7 @@ def test_readme_examples() -> None:
     assert scope["scores"].shape == scope["loo"].shape == (10, 1500)
     assert scope["rows"].shape == (297, 5)
     assert scope["scores"].solution.converged
+    exec(measures, scope)
+    assert scope["fid"].fid_plus.shape == (3,)
+    assert scope["curve"].values.shape == (6, 33)
+    assert scope["steady"].accepted.shape == (6,)

@@ -1,6 +1,8 @@
-"""Heat maps over images, coloured text and self-contained HTML reports (needs the extra ``xai_fast[demo]``)."""
+"""Heat maps over images, coloured text, pictures of measures and HTML reports (needs the extra ``xai_fast[demo]``)."""
 
+from .alignment import plot_alignment
 from .heatmap import color_limits, colorize, overlay, patch_grid, plot_heatmaps, to_rgb, upsample
+from .measures import plot_bars, plot_by_sparsity, plot_fidelity, plot_radar
 from .report import Report, image_data_uri
 from .text import color_legend, colored_text, readable_tokens
 
@@ -13,7 +15,12 @@ __all__ = [
     "image_data_uri",
     "overlay",
     "patch_grid",
+    "plot_alignment",
+    "plot_bars",
+    "plot_by_sparsity",
+    "plot_fidelity",
     "plot_heatmaps",
+    "plot_radar",
     "readable_tokens",
     "to_rgb",
     "upsample",

@@ -1,0 +1,1 @@
+"""Adapters to other packages of explanations: ``captum`` and ``quantus``. None of them is imported here."""

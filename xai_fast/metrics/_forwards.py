@@ -1,0 +1,164 @@
+"""The model under test: run on many changed copies of its inputs, in chunks that a memory budget bounds, and read out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulate_dtype
+from .._optional import optional_import
+from ..ops import _checks as check
+
+__all__ = ["DEFAULT_BUDGET", "OUTPUTS", "Forwards", "Readout", "class_scores", "draw_seed", "target_classes"]
+
+# Bytes of changed inputs that exist at once. The activations of the model are its own; `batch_size` bounds them.
+DEFAULT_BUDGET = 256 << 20
+# Copies of a changed input that exist together: itself, and what a model's first operation makes of it.
+COPIES = 2
+
+OUTPUTS = ("auto", "logits", "probabilities", "raw")
+# Rows of probabilities add up to 1 within the rounding of bfloat16.
+SUM_TOLERANCE = 1e-2
+
+
+@dataclass
+class Forwards:
+    """Calls ``forward(x, *additional_forward_args)`` without gradients and counts the examples that went through."""
+
+    forward: Callable[..., Any]
+    inputs: Tensor
+    additional_forward_args: tuple[Any, ...] = ()
+    batch_size: int | None = None
+    memory_budget: int = DEFAULT_BUDGET
+    progress: str | None = None
+    evaluations: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.forward):
+            raise TypeError(f"forward: expected a callable, got {type(self.forward).__name__}")
+        if not isinstance(self.inputs, Tensor):
+            raise TypeError(f"inputs: expected a torch.Tensor, got {type(self.inputs).__name__}")
+        if self.inputs.dim() < 2 or 0 in self.inputs.shape:
+            raise ValueError(f"inputs: expected shape (B, ...) with samples and entries, got {check.shape_of(self.inputs)}")
+        self.inputs = self.inputs.detach()
+        if not isinstance(self.additional_forward_args, tuple):
+            extra = self.additional_forward_args
+            self.additional_forward_args = () if extra is None else (extra,)
+        if self.batch_size is not None:
+            check.check_count(self.batch_size, "batch_size")
+        check.check_count(self.memory_budget, "memory_budget")
+
+    @property
+    def chunk(self) -> int:
+        """Examples that run together."""
+        if self.batch_size is not None:
+            return self.batch_size
+        size = self.inputs[0].numel() * self.inputs.element_size() * COPIES
+        return max(1, self.memory_budget // size)
+
+    def chunks(self, total: int) -> Iterator[slice]:
+        """0 .. total in pieces of equal size but for the last, with a progress bar where one is wanted."""
+        starts: Any = range(0, total, self.chunk)
+        if self.progress:
+            starts = optional_import("tqdm", "demo").tqdm(starts, desc=self.progress, unit="batch", leave=False)
+        for start in starts:
+            yield slice(start, min(start + self.chunk, total))
+
+    def __call__(self, x: Tensor, sample: Tensor) -> Tensor:
+        """Class scores (E, C), or values (E,), of examples x made of those samples."""
+        batch = self.inputs.shape[0]
+        extra = [
+            a[sample] if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else a
+            for a in self.additional_forward_args
+        ]
+        with torch.no_grad():
+            outputs = class_scores(self.forward(x, *extra))
+        if outputs.dim() == 0 or outputs.shape[0] != x.shape[0] or outputs.dim() > 2:
+            raise ValueError(
+                f"forward: expected outputs of shape ({x.shape[0]}, C) or ({x.shape[0]},), got {check.shape_of(outputs)}"
+            )
+        self.evaluations += x.shape[0]
+        return outputs
+
+    def on_inputs(self) -> Tensor:
+        """The outputs on the inputs as they are."""
+        everything = torch.arange(self.inputs.shape[0], device=self.inputs.device)
+        # Copies: a model may begin with an operation in place.
+        return torch.cat([self(self.inputs[part].clone(), everything[part]) for part in self.chunks(len(everything))])
+
+
+def class_scores(outputs: Any) -> Tensor:
+    """The tensor of class scores in what a model returns: itself, its `logits`, or the first of a tuple."""
+    outputs = getattr(outputs, "logits", outputs)
+    if isinstance(outputs, (tuple, list)) and outputs:
+        outputs = outputs[0]
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(f"forward: expected it to return a floating tensor, got {kind}")
+    return outputs.to(accumulate_dtype(outputs.dtype))
+
+
+def target_classes(target: Any, outputs: Tensor, name: str = "target") -> Tensor:
+    """(B,) class numbers: those given, one for all, or the predicted ones."""
+    batch = outputs.shape[0]
+    if outputs.dim() == 1:
+        if target is not None:
+            raise ValueError(f"{name}: expected None for a model with one output a sample, got {target!r}")
+        return outputs.new_zeros(batch, dtype=torch.int64)
+    if target is None:
+        return outputs.argmax(1)
+    if isinstance(target, int) and not isinstance(target, bool):
+        target = torch.full((batch,), target)
+    if not isinstance(target, Tensor):
+        target = torch.as_tensor(target)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{name}: expected whole class numbers, got {target.dtype}")
+    if target.shape != (batch,):
+        raise ValueError(f"{name}: expected shape ({batch},), got {check.shape_of(target)}")
+    target = target.to(device=outputs.device, dtype=torch.int64)
+    low, high = (int(v) for v in target.aminmax())
+    if low < 0 or high >= outputs.shape[1]:
+        raise ValueError(f"{name}: expected classes from 0 to {outputs.shape[1] - 1}, got {low} to {high}")
+    return target
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A seed for the kernels' own generator, drawn from a torch generator (torch's global one by default)."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (1,), generator=generator, device=device))
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Reads one number an example: the score or the probability of the target class of its sample."""
+
+    target: Tensor  # (B,)
+    softmax: bool
+
+    @classmethod
+    def of(cls, outputs: Tensor, target: Tensor, kind: str) -> Readout:
+        """`outputs` are those of the unchanged inputs; under "auto" they tell whether they are probabilities."""
+        if kind not in OUTPUTS:
+            raise ValueError(f"outputs: expected one of {', '.join(OUTPUTS)}, got {kind!r}")
+        softmax = kind == "logits" or (kind == "auto" and not _are_probabilities(outputs))
+        return cls(target, softmax and outputs.dim() == 2 and outputs.shape[1] > 1)
+
+    def __call__(self, outputs: Tensor, sample: Tensor) -> Tensor:
+        if outputs.dim() == 1:
+            return outputs
+        return self.probabilities(outputs).gather(1, self.target[sample][:, None])[:, 0]
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        return outputs.softmax(1) if self.softmax else outputs
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    if outputs.dim() != 2:
+        return True
+    return bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() <= SUM_TOLERANCE).all())
