@@ -731,3 +731,17 @@ def test_pictures(whole: Study) -> None:
     bars = whole.plot_bars(["gini"]).axes[0]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([row["gini"] for row in whole.wide()])
     assert replace(whole, methods=("noise",)).plot_bars(["gini"]).axes
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_noise_of_an_explainer_counts_in_its_sensitivity(batch_size: int) -> None:
+    """Perturbed samples get noise of their own, whatever the batches: the same noise would look perfectly steady."""
+    x = torch.eye(4) + 1
+    study = run_study(
+        {"noise": lambda inputs: torch.rand_like(inputs)},
+        lambda x: x * 10,
+        x,
+        measures={"sensitivity": {"n_samples": 4, "radius": 0.01}},
+        batch_size=batch_size,
+    )
+    assert study.per_sample("noise", "sensitivity_max").min() > 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, signature
@@ -127,7 +127,8 @@ def seeded(seed: int) -> Iterator[None]:
 class Explain:
     """An explainer with a seed: ``explain(x, target=None)`` gives checked maps without a graph, and counts examples.
 
-    Every call begins with the same seed, so that a call can be repeated whatever ran before it.
+    Every call begins with the same seed, so that a call can be repeated whatever ran before it; but for those within
+    :meth:`one_stream`, where perturbed samples must not get the noise that the samples themselves got.
     """
 
     def __init__(self, explainer: Any, method: str, seed: int, extra: tuple[Any, ...], batch: int) -> None:
@@ -138,6 +139,17 @@ class Explain:
         self._call = caller(explainer, f"explainers[{method!r}]")
         self._takes_extra = bool(extra) and _takes_extra(explainer)
         self.explained = 0
+        self._streaming = False
+
+    @contextmanager
+    def one_stream(self) -> Iterator[None]:
+        """Seed once, for all calls inside."""
+        with seeded(self._seed):
+            self._streaming = True
+            try:
+                yield
+            finally:
+                self._streaming = False
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
         """Maps of examples that need not be samples of the data."""
@@ -154,7 +166,7 @@ class Explain:
 
     def _maps(self, x: Tensor, target: Tensor | None, extra: tuple[Any, ...]) -> Tensor:
         more = {EXTRA: extra} if self._takes_extra else {}
-        with seeded(self._seed), torch.enable_grad():
+        with nullcontext() if self._streaming else seeded(self._seed), torch.enable_grad():
             # A copy: an explainer that works in place does not reach the data.
             maps = self._call(x.detach().clone(), target, **more)
         self.explained += len(x)

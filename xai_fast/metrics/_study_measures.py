@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,7 +205,8 @@ def _sensitivity(c: StudyContext, *, radius: float | None = None, **options: Any
         radius = RADIUS_SHARE * float(c.inputs.detach().double().flatten(1).norm(dim=1).median()) or RADIUS_SHARE
     # Relative: absolute distances would favour maps of small numbers.
     arguments = {**c.model(), "n_samples": NEIGHBOURS, "relative": not callable(options.get("distance")), **options}
-    found = sensitivity(c.explain, c.forward, c.inputs, radius=radius, target=c.target, **arguments)
+    with getattr(c.explain, "one_stream", nullcontext)():
+        found = sensitivity(c.explain, c.forward, c.inputs, radius=radius, target=c.target, **arguments)
     return {"sensitivity_max": found.max, "sensitivity_mean": found.mean, "sensitivity_accepted": found.accepted}
 
 
