@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from xai_fast.demo import influence_demo, main, relevance_demo, relevance_page, text_maps, two_objects, wheels
+from xai_fast.demo import influence_demo, main, measures_demo, relevance_demo, relevance_page, text_maps, two_objects, wheels
 from xai_fast.demo.intents import load_intents
 from xai_fast.demo.tiny_llama import load_tiny_llama
 from xai_fast.demo.two_objects import ATTNLRP, CLASSES, GRADIENT, ROLLOUT, TARGETED_LRP
@@ -40,7 +40,7 @@ def no_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pages but influence; the shares of the relevance page favour the half of the class, rollout's are one map's."""
+    """Two of the pages; the shares of the relevance page favour the half of the class, rollout's are one map's."""
     _needs(relevance_demo.load_dinov2, load_intents, load_tiny_llama)
     capsys.readouterr()
     built: list[relevance_page.TwoObjects] = []
@@ -58,6 +58,7 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         return Path("influence.html")
 
     monkeypatch.setattr(influence_demo, "write_influence_page", write_influence_page)
+    monkeypatch.setattr(measures_demo, "write_measures_page", lambda *_: Path("measures.html"))
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "two.png"
     assert main(["--smallest", "--out", str(out), "--relevance-picture", str(picture)]) == 0
 
@@ -77,7 +78,8 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert 'href="index.html"' in html
     assert 'href="relevance.html"' in other
     assert all('href="influence.html"' in page for page in (html, other))
-    assert third == [[("Attention rollout", "index.html"), ("Targeted relevance and LRP", "relevance.html")]]
+    first = [("Attention rollout", "index.html"), ("Targeted relevance and LRP", "relevance.html")]
+    assert third == [[*first, ("Measures of explanations", "measures.html")]]
     assert f"{shares[0][GRADIENT]:.1%}" in html
     assert "restaurant reservation (24%)" in html
     assert "“Queen” (18%)" in html

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import influence_demo, relevance_demo, rollout_demo
+from . import influence_demo, measures_demo, relevance_demo, rollout_demo
 from .photos import DEFAULT, PHOTOS
 from .wheels import WeightsUnavailable
 
@@ -46,9 +46,15 @@ PAGES: dict[str, tuple[str, Callable[[argparse.Namespace, torch.device, list[tup
     "rollout": ("Attention rollout", lambda *arguments: rollout_demo.write_rollout_page(*arguments)),
     "relevance": ("Targeted relevance and LRP", lambda *arguments: relevance_demo.write_relevance_page(*arguments)),
     "influence": ("Influence functions", lambda *arguments: influence_demo.write_influence_page(*arguments)),
+    "measures": ("Measures of explanations", lambda *arguments: measures_demo.write_measures_page(*arguments)),
 }
 # Option that saves a picture, and the page that it is taken from.
-PICTURES = {"picture": "rollout", "relevance_picture": "relevance", "influence_picture": "influence"}
+PICTURES = {
+    "picture": "rollout",
+    "relevance_picture": "relevance",
+    "influence_picture": "influence",
+    "measures_picture": "measures",
+}
 
 
 def _write_pages(options: argparse.Namespace, device: torch.device) -> list[Path]:
@@ -66,7 +72,8 @@ def _file_name(options: argparse.Namespace, page: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.pages == "all" and (name := Path(options.out).name) in ("relevance.html", "influence.html"):
+    others = {f"{page}.html" for page in PAGES if page != "rollout"}
+    if options.pages == "all" and (name := Path(options.out).name) in others:
         raise ValueError(f"out: expected another name than {name}, which is another page")
     for option, page in PICTURES.items():
         if options.pages not in (page, "all") and getattr(options, option):
@@ -76,19 +83,21 @@ def _check(options: argparse.Namespace) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m xai_fast demo",
-        description="Three HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and "
-        "LRP of photos, sentences and a prompt; influence functions: the training pictures and mails behind a prediction.",
+        description="Four HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and "
+        "LRP of photos, sentences and a prompt; influence functions: the training pictures and mails behind a prediction; "
+        "measures of explanations of photos and sentences.",
     )
     add = parser.add_argument
     add("--pages", choices=(*PAGES, "all"), default="all", help="which pages (default: %(default)s)")
     add(
         "--out",
         default="demo_output/index.html",
-        help="the rollout page; relevance.html and influence.html are written beside it (default: %(default)s)",
+        help="the rollout page; the others are written beside it under their names (default: %(default)s)",
     )
     add("--picture", help="also save the main rollout maps as one picture, for example rollout.png")
     add("--relevance-picture", help="also save the two objects of the relevance page as one picture")
     add("--influence-picture", help="also save the main figures of the influence page as one picture")
+    add("--measures-picture", help="also save the photos of the measures page, their maps and curves, as one picture")
     add(
         "--model",
         choices=("auto", "dinov2", "digits"),
