@@ -1,5 +1,6 @@
 """Explanations from attention: rollout, targeted relevance, signed attention, and how models' attention is captured."""
 
+from . import artifacts
 from .additive import AdditiveAttention, additive_attention_scores
 from .capture import capture_attention
 from .cross import encoder_decoder_relevance
@@ -13,6 +14,7 @@ __all__ = [
     "BiLSTMClassifier",
     "Seq2Seq",
     "additive_attention_scores",
+    "artifacts",
     "attention_rollout",
     "capture_attention",
     "encoder_decoder_relevance",
