@@ -1,9 +1,19 @@
 """xai_fast: the accelerated backend for explaining transformers. The public names, nothing else."""
 
-from . import influence, lrp, metrics, ops
+from . import concepts, influence, lrp, metrics, ops
 from ._backend import show_config
 from ._version import __version__
 from .attention.capture import capture_attention
 from .attention.rollout import attention_rollout
 
-__all__ = ["__version__", "attention_rollout", "capture_attention", "influence", "lrp", "metrics", "ops", "show_config"]
+__all__ = [
+    "__version__",
+    "attention_rollout",
+    "capture_attention",
+    "concepts",
+    "influence",
+    "lrp",
+    "metrics",
+    "ops",
+    "show_config",
+]

@@ -1,6 +1,7 @@
 """Heat maps over images, coloured text, pictures of measures and HTML reports (needs the extra ``xai_fast[demo]``)."""
 
 from .alignment import plot_alignment
+from .concepts import concept_grid, plot_tcav
 from .heatmap import color_limits, colorize, overlay, patch_grid, plot_heatmaps, to_rgb, upsample
 from .measures import plot_bars, plot_by_sparsity, plot_fidelity, plot_radar
 from .report import Report, image_data_uri
@@ -12,6 +13,7 @@ __all__ = [
     "color_limits",
     "colored_text",
     "colorize",
+    "concept_grid",
     "image_data_uri",
     "overlay",
     "patch_grid",
@@ -21,6 +23,7 @@ __all__ = [
     "plot_fidelity",
     "plot_heatmaps",
     "plot_radar",
+    "plot_tcav",
     "readable_tokens",
     "to_rgb",
     "upsample",
