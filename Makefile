@@ -36,13 +36,13 @@ test: build peers
 peers: $(VENV)/.peers
 $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) --upgrade --no-deps --target $(VENV)/peers timm torchvision zennit captum lxt autolrp \
-		statsmodels pandas patsy formulaic wrapt interface-meta
+		interpret-core statsmodels pandas patsy formulaic wrapt interface-meta
 	touch $@
 
 bench: build peers $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
 $(VENV)/.bench: $(VENV)/.peers
-	$(PIP) --upgrade --no-deps --target $(VENV)/peers fast-vit-rollout opencv-python-headless dattri pyDVL $(PYDVL_NEEDS)
+	$(PIP) --upgrade --no-deps --target $(VENV)/peers fast-vit-rollout opencv-python-headless dattri pyDVL quantus $(PYDVL_NEEDS)
 	touch $@
 
 # What pyDVL imports, by name: its own requirement of numpy below 2 would replace ours.

@@ -26,9 +26,9 @@ def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_public_names_have_examples() -> None:
-    metrics = (xai_fast.metrics, xai_fast.metrics.human)
-    attention = (xai_fast.attention, xai_fast.attention.artifacts)
-    for owner in (xai_fast, xai_fast.ops, *attention, xai_fast.lrp, xai_fast.influence, *metrics, xai_fast.concepts):
+    attention, metrics = xai_fast.attention, xai_fast.metrics
+    owners = [xai_fast, xai_fast.ops, attention, attention.artifacts, xai_fast.lrp, xai_fast.influence]
+    for owner in (*owners, metrics, metrics.human, xai_fast.concepts, xai_fast.distill):
         for name in owner.__all__:
             if callable(value := getattr(owner, name)):
                 assert ">>>" in (value.__doc__ or ""), f"{name}: its docstring has no example"

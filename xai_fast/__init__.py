@@ -1,6 +1,6 @@
 """xai_fast: the accelerated backend for explaining transformers. The public names, nothing else."""
 
-from . import concepts, influence, lrp, metrics, ops
+from . import concepts, distill, influence, lrp, metrics, ops
 from ._backend import show_config
 from ._version import __version__
 from .attention.capture import capture_attention
@@ -11,6 +11,7 @@ __all__ = [
     "attention_rollout",
     "capture_attention",
     "concepts",
+    "distill",
     "influence",
     "lrp",
     "metrics",

@@ -2,6 +2,7 @@
 
 from .alignment import plot_alignment
 from .concepts import concept_grid, plot_tcav
+from .gam import plot_term, plot_terms
 from .heatmap import color_limits, colorize, overlay, patch_grid, plot_heatmaps, to_rgb, upsample
 from .measures import plot_bars, plot_by_sparsity, plot_fidelity, plot_radar
 from .report import Report, image_data_uri
@@ -24,6 +25,8 @@ __all__ = [
     "plot_heatmaps",
     "plot_radar",
     "plot_tcav",
+    "plot_term",
+    "plot_terms",
     "readable_tokens",
     "to_rgb",
     "upsample",
