@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassif
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .fast_vit_rollout import PEERS
+from .imports import importable
 
 __all__ = ["captum_classifier", "captum_tcav", "sklearn_cav"]
 
@@ -29,23 +26,10 @@ SKLEARN = {
 }
 
 
-@contextmanager
-def _importable() -> Iterator[None]:
-    from tests.peers import torchvision_shim  # noqa: F401  must come before torchvision
-
-    sys.path.append(str(PEERS))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.path.remove(str(PEERS))
-
-
 def captum_classifier(positive: Tensor, negative: Tensor) -> tuple[Tensor, float]:
     """(unit vector, held-out accuracy) of Captum's default classifier."""
     x, y = torch.cat([positive, negative]), torch.cat([torch.zeros(len(positive)), torch.ones(len(negative))]).long()
-    with _importable():
+    with importable():
         from captum.concept._utils.classifier import DefaultClassifier
 
         random.seed(0)
@@ -66,7 +50,7 @@ def captum_tcav(
     model: nn.Module, layers: Sequence[str], inputs: Tensor, target: int, named: Sequence[Tensor], others: Sequence[Tensor]
 ) -> Any:
     """Captum's TCAV of each concept with each random set, nothing kept from an earlier call."""
-    with _importable(), tempfile.TemporaryDirectory() as folder:
+    with importable(), tempfile.TemporaryDirectory() as folder:
         from captum.concept import TCAV, Concept
 
         (Path(folder) / "default_model_id").mkdir()

@@ -6,11 +6,8 @@ They are installed outside site-packages by `make bench`.
 from __future__ import annotations
 
 import functools
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .fast_vit_rollout import PEERS
+from .imports import importable
 
 __all__ = ["captum_arnoldi", "captum_tracin", "dattri_cg", "pydvl_scores"]
 
 Data = tuple[Tensor, Tensor]
-
-
-@contextmanager
-def _importable() -> Iterator[None]:
-    sys.path.append(str(PEERS))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.path.remove(str(PEERS))
 
 
 def _model(theta: Tensor) -> nn.Linear:
@@ -45,7 +31,7 @@ def _model(theta: Tensor) -> nn.Linear:
 
 def pydvl_scores(name: str, theta: Tensor, train: Data, test: Data, l2: float, **options: Any) -> Tensor:
     """pyDVL's LissaInfluence, CgInfluence or DirectInfluence."""
-    with _importable():
+    with importable():
         import pydvl.influence.torch as pydvl  # type: ignore[import-not-found]
 
         method = getattr(pydvl, name)(_model(theta), F.cross_entropy, regularization=l2, **options)
@@ -55,7 +41,7 @@ def pydvl_scores(name: str, theta: Tensor, train: Data, test: Data, l2: float, *
 
 def dattri_cg(theta: Tensor, train: Data, test: Data, l2: float, iterations: int) -> Tensor:
     """dattri's conjugate gradients, by double backward, and the products with the training gradients."""
-    with _importable():
+    with importable():
         from dattri.func.hessian import ihvp_at_x_cg  # type: ignore[import-not-found]
 
     X, y = train
@@ -103,7 +89,7 @@ class _Net(nn.Module):
 
 
 def captum_arnoldi(theta: Tensor, train: Data, test: Data, l2: float, rank: int) -> Tensor:
-    with _importable():
+    with importable():
         from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
 
         path, load = _checkpoint(theta)
@@ -123,7 +109,7 @@ def captum_arnoldi(theta: Tensor, train: Data, test: Data, l2: float, rank: int)
 
 
 def captum_tracin(theta: Tensor, train: Data, test: Data) -> Tensor:
-    with _importable():
+    with importable():
         from captum.influence import TracInCPFast
 
         path, load = _checkpoint(theta)

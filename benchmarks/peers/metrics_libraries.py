@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .fast_vit_rollout import PEERS
+from .imports import importable
 
 __all__ = [
     "captum_infidelity",
@@ -25,28 +20,15 @@ __all__ = [
 ]
 
 
-@contextmanager
-def _importable() -> Iterator[None]:
-    from tests.peers import torchvision_shim  # noqa: F401  must come before torchvision
-
-    sys.path.append(str(PEERS))
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.path.remove(str(PEERS))
-
-
 def captum_sensitivity_max(*arguments: Any, **options: Any) -> Tensor:
-    with _importable():
+    with importable(quiet=True):
         from captum.metrics import sensitivity_max
 
         return sensitivity_max(*arguments, **options)
 
 
 def captum_infidelity(*arguments: Any, **options: Any) -> Tensor:
-    with _importable():
+    with importable(quiet=True):
         from captum.metrics import infidelity
 
         return infidelity(*arguments, **options)
@@ -58,7 +40,7 @@ def quantus_sensitivity(
     def explain_func(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> Any:
         return explain(torch.as_tensor(inputs), torch.as_tensor(targets)).numpy()
 
-    with _importable():
+    with importable(quiet=True):
         import quantus
 
         metric = quantus.MaxSensitivity(
@@ -70,7 +52,7 @@ def quantus_sensitivity(
 
 def quantus_pixel_flipping(model: nn.Module, x: Tensor, target: Tensor, maps: Tensor, step: int) -> Tensor:
     """(B, steps): the output after each step; a removed entry gets its sample's smallest value."""
-    with _importable():
+    with importable(quiet=True):
         import quantus
 
         metric = quantus.PixelFlipping(features_in_step=step, disable_warnings=True, normalise=False)
@@ -81,7 +63,7 @@ def quantus_pixel_flipping(model: nn.Module, x: Tensor, target: Tensor, maps: Te
 def quantus_complexity(x: Tensor, maps: Tensor, model: nn.Module) -> Tensor:
     """(B, 2): entropy and Gini index."""
     target = np.zeros(len(x), dtype=int)
-    with _importable():
+    with importable(quiet=True):
         import quantus
 
         metrics = [quantus.Complexity, quantus.Sparseness]

@@ -19,6 +19,9 @@ __all__ = ["DEFAULT_BUDGET", "OUTPUTS", "Forwards", "Readout", "class_scores", "
 DEFAULT_BUDGET = 256 << 20
 # Copies of a changed input that exist together: itself, and what a model's first operation makes of it.
 COPIES = 2
+# On a CPU more examples at once are slower: activations leave the caches. Bytes of inputs that run together, and the
+# fewest examples.
+CPU_BYTES, CPU_LEAST = 1 << 20, 4
 
 OUTPUTS = ("auto", "logits", "probabilities", "raw")
 # Rows of probabilities add up to 1 within the rounding of bfloat16.
@@ -57,8 +60,9 @@ class Forwards:
         """Examples that run together."""
         if self.batch_size is not None:
             return self.batch_size
-        size = self.inputs[0].numel() * self.inputs.element_size() * COPIES
-        return max(1, self.memory_budget // size)
+        size = self.inputs[0].numel() * self.inputs.element_size()
+        most = max(1, self.memory_budget // (COPIES * size))
+        return most if self.inputs.is_cuda else min(most, max(CPU_LEAST, CPU_BYTES // size))
 
     def chunks(self, total: int) -> Iterator[slice]:
         """0 .. total in pieces of equal size but for the last, with a progress bar where one is wanted."""
