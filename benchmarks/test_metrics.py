@@ -82,7 +82,7 @@ def test_sensitivity(table: Table) -> None:
             explain, x, n_perturb_samples=samples, perturb_radius=RADIUS, target=target, max_examples_per_batch=32
         ),
         "quantus": lambda: libraries.quantus_sensitivity(model, x, target, explain, RADIUS, samples),
-        "the explanations alone, 16 at a time": lambda: bare(16),
+        "the explanations alone, 8 at a time": lambda: bare(8),
         "the explanations alone, all at once": lambda: bare(len(copies)),
     }
     if DEVICE.type == "cuda":
@@ -99,7 +99,7 @@ def test_sensitivity(table: Table) -> None:
         assert float((peers[name]() / same).mean().log().abs()) < 0.2
     times = alternate(peers, rounds=5, seconds=40)
     case = f"max sensitivity of saliency, small CNN, x {tuple(x.shape)}, {samples} samples, {batch * samples} explanations"
-    add(table, case, times, "xai_fast.sensitivity_max", "the explanations alone, 16 at a time", peers)
+    add(table, case, times, "xai_fast.sensitivity_max", "the explanations alone, 8 at a time", peers)
 
 
 def test_deletion(table: Table) -> None:
@@ -112,7 +112,7 @@ def test_deletion(table: Table) -> None:
 
     def bare() -> None:
         with torch.no_grad():
-            for z in copies.split(16):
+            for z in copies.split(8):
                 model(z).softmax(1)
 
     peers: Peers = {
@@ -120,7 +120,7 @@ def test_deletion(table: Table) -> None:
             model, x, maps, target, steps=steps, baseline=lowest, outputs="logits"
         ),
         "quantus PixelFlipping": lambda: libraries.quantus_pixel_flipping(model, x, target, maps, x[0].numel() // steps),
-        "the forward passes alone, 16 at a time": bare,
+        "the forward passes alone, 8 at a time": bare,
     }
     if DEVICE.type == "cuda":
         peers.pop("quantus PixelFlipping")
@@ -129,7 +129,7 @@ def test_deletion(table: Table) -> None:
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-3, atol=1e-4)
     times = alternate(peers, rounds=5, seconds=40)
     case = f"deletion curve, small CNN, x {tuple(x.shape)}, {steps} steps, {batch * steps} forward passes"
-    add(table, case, times, "xai_fast.deletion_curve", "the forward passes alone, 16 at a time", peers)
+    add(table, case, times, "xai_fast.deletion_curve", "the forward passes alone, 8 at a time", peers)
 
 
 def test_fidelity(table: Table) -> None:
@@ -141,7 +141,7 @@ def test_fidelity(table: Table) -> None:
 
     def bare() -> None:
         with torch.no_grad():
-            for z in copies.split(16):
+            for z in copies.split(8):
                 model(z).softmax(1)
 
     def one_by_one() -> None:
@@ -158,12 +158,12 @@ def test_fidelity(table: Table) -> None:
     peers: Peers = {
         "xai_fast.fidelity": lambda: xf.metrics.fidelity(model, x, maps, sparsity=levels, outputs="logits"),
         "torch, level by level": one_by_one,
-        "the forward passes alone, 16 at a time": bare,
+        "the forward passes alone, 8 at a time": bare,
     }
     assert peers["xai_fast.fidelity"]().evaluations == len(copies)
     times = alternate(peers, rounds=5, seconds=25)
     case = f"fid+ and fid-, small CNN, x {tuple(x.shape)}, {len(levels)} levels, {len(copies)} forward passes"
-    add(table, case, times, "xai_fast.fidelity", "the forward passes alone, 16 at a time", peers)
+    add(table, case, times, "xai_fast.fidelity", "the forward passes alone, 8 at a time", peers)
 
 
 def test_infidelity(table: Table) -> None:
@@ -175,7 +175,7 @@ def test_infidelity(table: Table) -> None:
 
     def bare() -> None:
         with torch.no_grad():
-            for z in copies.split(16):
+            for z in copies.split(8):
                 model(z)
 
     def shift(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,13 +190,13 @@ def test_infidelity(table: Table) -> None:
         "captum, 32 examples at a time": lambda: libraries.captum_infidelity(
             model, shift, x, maps, target=target, n_perturb_samples=samples, max_examples_per_batch=32
         ),
-        "the forward passes alone, 16 at a time": bare,
+        "the forward passes alone, 8 at a time": bare,
     }
     ours, theirs = peers["xai_fast.infidelity"](), peers["captum, all at once"]()
     assert 0.5 < float(ours.mean() / theirs.mean()) < 2
     times = alternate(peers, rounds=5, seconds=25)
     case = f"infidelity, small CNN, x {tuple(x.shape)}, {samples} samples, {batch * samples} forward passes"
-    add(table, case, times, "xai_fast.infidelity", "the forward passes alone, 16 at a time", peers)
+    add(table, case, times, "xai_fast.infidelity", "the forward passes alone, 8 at a time", peers)
 
 
 @pytest.mark.parametrize("shape", [(256, 3, 224, 224), (16, 1, 224, 224)], ids=str)

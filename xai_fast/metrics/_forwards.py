@@ -20,8 +20,8 @@ DEFAULT_BUDGET = 256 << 20
 # Copies of a changed input that exist together: itself, and what a model's first operation makes of it.
 COPIES = 2
 # On a CPU more examples at once are slower: activations leave the caches. Bytes of inputs that run together, and the
-# fewest examples.
-CPU_BYTES, CPU_LEAST = 1 << 20, 4
+# fewest examples. Batches that are no power of two are slower as well.
+CPU_BYTES, CPU_LEAST = 1 << 19, 4
 
 OUTPUTS = ("auto", "logits", "probabilities", "raw")
 # Rows of probabilities add up to 1 within the rounding of bfloat16.
@@ -62,7 +62,9 @@ class Forwards:
             return self.batch_size
         size = self.inputs[0].numel() * self.inputs.element_size()
         most = max(1, self.memory_budget // (COPIES * size))
-        return most if self.inputs.is_cuda else min(most, max(CPU_LEAST, CPU_BYTES // size))
+        if self.inputs.is_cuda:
+            return most
+        return min(most, 1 << (max(CPU_LEAST, CPU_BYTES // size).bit_length() - 1))
 
     def chunks(self, total: int) -> Iterator[slice]:
         """0 .. total in pieces of equal size but for the last, with a progress bar where one is wanted."""

@@ -284,7 +284,7 @@ def fidelity(
         Randomness of the uniform baseline and of robust fidelity.
     batch_size : int, optional
         Examples in one forward pass. Default: as many as ``memory_budget`` holds; on the CPU no more than stay in its
-        caches, a megabyte of inputs and at least four.
+        caches: half a megabyte of inputs, at least four examples.
     memory_budget : int
         Bytes of changed inputs that exist at once.
 
