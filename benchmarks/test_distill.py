@@ -108,6 +108,8 @@ def test_several_classes(table: Table) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(FEATURES, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5)).to(DEVICE)
     for classes in (1, 5):
         took, student = seconds(lambda c=classes: xai_fast.distill.fit_gam(model(X)[:, :c], X, interactions=PAIRS), 1)
+        assert student.predict(X[:3]).reshape(3, -1).shape[1] == classes
+        assert max(float(found.residual.max()) for found in student.solutions) < 1e-6
         table.add(
             case=f"{n} x {FEATURES} rows, {PAIRS} pairs screened, a network of {FEATURES}-64-5",
             method=f"xai_fast.fit_gam, outputs: {classes}",
