@@ -6,6 +6,7 @@ Run: make bench, or pytest benchmarks/test_metrics.py -s [--write-results] [--th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,12 +23,35 @@ Peers = dict[str, Callable[[], Any]]
 RADIUS = 0.02
 
 
-def network(classes: int = 10) -> nn.Module:
+def small_cnn(classes: int = 10) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
     return nn.Sequential(*layers).eval().requires_grad_(False).to(DEVICE)
+
+
+def lenet(classes: int = 10) -> nn.Module:
+    """LeNet-5 on pictures of 28 x 28: what quantus' own getting-started page measures."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 120), nn.ReLU()]
+    layers += [nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)]
+    return nn.Sequential(*layers).eval().requires_grad_(False).to(DEVICE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its inputs, and the batch in which its bare passes are fastest."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+
+
+CASES = (Case("small CNN", small_cnn, (3, 64, 64), 8), Case("LeNet", lenet, (1, 28, 28), 128))
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def saliency(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
@@ -52,9 +76,10 @@ def add(
         )
 
 
-def test_sensitivity(table: Table) -> None:
-    model, batch, samples = network(), 16, 50
-    x = torch.randn(batch, 3, 64, 64, device=DEVICE)
+@by_case
+def test_sensitivity(table: Table, case: Case) -> None:
+    model, batch, samples = case.model(), 16, 50
+    x = torch.randn(batch, *case.shape, device=DEVICE)
     target = model(x).argmax(1)
     copies = x.repeat(samples, 1, 1, 1)
     targets = target.repeat(samples)
@@ -82,7 +107,7 @@ def test_sensitivity(table: Table) -> None:
             explain, x, n_perturb_samples=samples, perturb_radius=RADIUS, target=target, max_examples_per_batch=32
         ),
         "quantus": lambda: libraries.quantus_sensitivity(model, x, target, explain, RADIUS, samples),
-        "the explanations alone, 8 at a time": lambda: bare(8),
+        f"the explanations alone, {case.batch} at a time": lambda: bare(case.batch),
         "the explanations alone, all at once": lambda: bare(len(copies)),
     }
     if DEVICE.type == "cuda":
@@ -98,13 +123,15 @@ def test_sensitivity(table: Table) -> None:
     for name in ("xai_fast.sensitivity_max", "captum, all at once"):
         assert float((peers[name]() / same).mean().log().abs()) < 0.2
     times = alternate(peers, rounds=5, seconds=40)
-    case = f"max sensitivity of saliency, small CNN, x {tuple(x.shape)}, {samples} samples, {batch * samples} explanations"
-    add(table, case, times, "xai_fast.sensitivity_max", "the explanations alone, 8 at a time", peers)
+    what = f"max sensitivity of saliency, {case.name}, x {tuple(x.shape)}, {samples} samples, {batch * samples} explanations"
+    add(table, what, times, "xai_fast.sensitivity_max", f"the explanations alone, {case.batch} at a time", peers)
 
 
-def test_deletion(table: Table) -> None:
-    model, batch, steps = network(), 16, 96
-    x = torch.rand(batch, 3, 64, 64, device=DEVICE)
+@by_case
+def test_deletion(table: Table, case: Case) -> None:
+    model, batch = case.model(), 16
+    x = torch.rand(batch, *case.shape, device=DEVICE)
+    steps = 96 if x[0].numel() % 96 == 0 else x[0].numel()
     target = model(x).argmax(1)
     maps = saliency(model, x, target) * x
     lowest = x.flatten(1).amin(1).view(-1, 1, 1, 1)
@@ -112,7 +139,7 @@ def test_deletion(table: Table) -> None:
 
     def bare() -> None:
         with torch.no_grad():
-            for z in copies.split(8):
+            for z in copies.split(case.batch):
                 model(z).softmax(1)
 
     peers: Peers = {
@@ -120,7 +147,7 @@ def test_deletion(table: Table) -> None:
             model, x, maps, target, steps=steps, baseline=lowest, outputs="logits"
         ),
         "quantus PixelFlipping": lambda: libraries.quantus_pixel_flipping(model, x, target, maps, x[0].numel() // steps),
-        "the forward passes alone, 8 at a time": bare,
+        f"the forward passes alone, {case.batch} at a time": bare,
     }
     if DEVICE.type == "cuda":
         peers.pop("quantus PixelFlipping")
@@ -128,12 +155,12 @@ def test_deletion(table: Table) -> None:
         ours, theirs = peers["xai_fast.deletion_curve"]().values[:, 1:], peers["quantus PixelFlipping"]()
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-3, atol=1e-4)
     times = alternate(peers, rounds=5, seconds=40)
-    case = f"deletion curve, small CNN, x {tuple(x.shape)}, {steps} steps, {batch * steps} forward passes"
-    add(table, case, times, "xai_fast.deletion_curve", "the forward passes alone, 8 at a time", peers)
+    what = f"deletion curve, {case.name}, x {tuple(x.shape)}, {steps} steps, {batch * steps} forward passes"
+    add(table, what, times, "xai_fast.deletion_curve", f"the forward passes alone, {case.batch} at a time", peers)
 
 
 def test_fidelity(table: Table) -> None:
-    model, batch = network(), 32
+    model, batch = small_cnn(), 32
     x = torch.rand(batch, 3, 64, 64, device=DEVICE)
     maps = torch.rand(batch, 1, 64, 64, device=DEVICE)
     levels = [k / 10 for k in range(1, 10)]
@@ -167,7 +194,7 @@ def test_fidelity(table: Table) -> None:
 
 
 def test_infidelity(table: Table) -> None:
-    model, batch, samples = network(), 16, 50
+    model, batch, samples = small_cnn(), 16, 50
     x = torch.rand(batch, 3, 64, 64, device=DEVICE)
     target = model(x).argmax(1)
     maps = saliency(model, x, target)
@@ -225,7 +252,7 @@ def test_conciseness(table: Table, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(peers["xai_fast: size, entropy, Gini"](), by_hand(), rtol=1e-5, atol=1e-7)
     if DEVICE.type == "cpu" and shape[0] <= 16:
         peers["quantus Complexity and Sparseness"] = lambda: libraries.quantus_complexity(
-            maps.expand(-1, 3, -1, -1), maps, network()
+            maps.expand(-1, 3, -1, -1), maps, small_cnn()
         )
         found = peers["quantus Complexity and Sparseness"]()
         torch.testing.assert_close(found, xf.ops.conciseness(maps)[:, 1:], rtol=1e-3, atol=1e-3)

@@ -83,7 +83,7 @@ const char* launch_replace(const ReplaceRanked& p, void* stream) {
 
 template <class Word>
 const char* launch_replace_words(const ReplaceRanked& p, void* stream) {
-  constexpr int V = kPiece<Word>;
+  constexpr int V = kPiece<Word> < 8 ? kPiece<Word> : 8;  // 16 ranks a run spill registers
   const bool vector = can_move_runs<V, Word>(p.positions * p.depth, {p.x, p.out}) && is_piece_aligned(p.ranks);
   return vector ? launch_replace<V, Word>(p, stream) : launch_replace<1, Word>(p, stream);
 }
