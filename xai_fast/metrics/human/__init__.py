@@ -4,7 +4,8 @@ Two questions of Selvaraju et al. 2017 (Grad-CAM), section 5: which class does a
 models do explanations make more trustworthy? The forms are single HTML files without a server; see `build_form` and `score`.
 """
 
-from .forms import AttentionCheck, ClassQuestion, ColoredText, Form, TrustQuestion, build_form
+from .forms import Form, build_form
+from .questions import AttentionCheck, ClassQuestion, ColoredText, TrustQuestion
 from .scoring import Answer, HumanScore, HumanScores, read_answers, score
 
 __all__ = [

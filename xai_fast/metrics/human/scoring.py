@@ -17,7 +17,8 @@ import numpy as np
 
 from xai_fast.ops._checks import check_count, check_number, check_seed
 
-from .forms import COLUMNS, FORMAT, SCALE
+from .forms import COLUMNS, FORMAT
+from .questions import SCALE
 
 __all__ = ["Answer", "HumanScore", "HumanScores", "read_answers", "score"]
 
