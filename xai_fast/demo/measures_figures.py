@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xai_fast._optional import optional_import
 from xai_fast.viz import overlay, to_rgb
-from xai_fast.viz.measures import MARKERS, PALETTE
+from xai_fast.viz.style import MARKERS, PALETTE
 
 from .measured_photos import JudgedPhotos
 from .measuring import ATTNLRP, DELETION, GRADIENT_INPUT, INSERTION, Judged

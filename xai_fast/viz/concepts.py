@@ -12,7 +12,7 @@ from torch import Tensor
 from xai_fast._optional import optional_import
 
 from .heatmap import to_rgb
-from .measures import FAINT, INK, LARGE, LEGEND, MUTED, NORMAL, PALETTE, SMALL, _figure, _plain
+from .style import FAINT, INK, LARGE, LEGEND, MUTED, NORMAL, PALETTE, SMALL, new_figure, plain_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,11 +68,11 @@ def plot_tcav(
     names = [f"class {target}" for target in result.targets] if class_names is None else list(class_names)
     bars = (len(result.concepts) + 1) * len(result.layers)
     width, height = panel or (min(3.2 + 0.34 * bars, 16), 2.7)
-    drawing = _figure((width, height * len(names) + (0.35 if title else 0)))
+    drawing = new_figure((width, height * len(names) + (0.35 if title else 0)))
     axes = np.asarray(drawing.subplots(len(names), 1, squeeze=False, sharex=True)).ravel()
     for row, (axis, name) in enumerate(zip(axes, names, strict=True)):
         handles = _scores(axis, result, row)
-        _plain(axis, name if len(names) > 1 or class_names else "", "", "TCAV score")
+        plain_axis(axis, name if len(names) > 1 or class_names else "", "", "TCAV score")
         axis.tick_params(axis="x", length=0, labelsize=NORMAL, labelcolor=INK)
     drawing.legend(handles, [*result.concepts, RANDOM], loc="outside right upper", **(LEGEND | {"handlelength": 1.2}))
     if title:
@@ -127,7 +127,7 @@ def concept_grid(
     if bool(values.isnan().any()):
         raise ValueError("cosine: expected numbers, got NaN")
     order = values.argsort(descending=True, stable=True).tolist()
-    drawing = _figure((cell * k + 0.4, (cell + 0.3) * 2))
+    drawing = new_figure((cell * k + 0.4, (cell + 0.3) * 2))
     axes = np.asarray(drawing.subplots(2, k, squeeze=False))
     for row, chosen, title in zip(axes, (order[:k], order[::-1][:k]), titles, strict=True):
         for axis, place in zip(row, chosen, strict=True):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .measures import DASHES, INK, LARGE, MUTED, NORMAL, PALETTE, SMALL, _figure, _plain
+from .style import DASHES, INK, LARGE, MUTED, NORMAL, PALETTE, SMALL, new_figure, plain_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def plot_term(
     """
     _check_target(term, target)
     panels = min(SLICES, term.grids[-1].size) if term.order == 3 else 1
-    figure = _figure(size or ((2.7 * panels + 1.0, 3.3) if panels > 1 else (5.0, 3.8)))
+    figure = new_figure(size or ((2.7 * panels + 1.0, 3.3) if panels > 1 else (5.0, 3.8)))
     axes = np.atleast_1d(figure.subplots(1, panels, sharey=term.order == 3))
     if term.order == 3:
         _triple(figure, axes, term, target or 0)
@@ -107,7 +107,7 @@ def plot_terms(
         raise ValueError("gam: expected main effects or pairs to show, got none")
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
-    figure = _figure((panel[0] * columns, panel[1] * rows + (0.35 if title else 0)))
+    figure = new_figure((panel[0] * columns, panel[1] * rows + (0.35 if title else 0)))
     axes = np.asarray(figure.subplots(rows, columns, squeeze=False)).ravel()
     mains = [_tables(t, target) for t in shown if t.order == 1]
     low, high = (min(v.min() for v in mains), max(v.max() for v in mains)) if mains else (0.0, 1.0)
@@ -127,10 +127,10 @@ def _panel(
 ) -> None:
     name = title if title is not None else f"importance {term.importance:.2g}"
     if term.order == 1:
-        _plain(axis, name, term.names[0], "adds to the output")
+        plain_axis(axis, name, term.names[0], "adds to the output")
         _main(axis, term, target, limits)
     else:
-        _plain(axis, name, term.names[0], term.names[1])
+        plain_axis(axis, name, term.names[0], term.names[1])
         image = _image(term, _tables(term, target or 0)[..., 0], _array(term.weights))
         _bar(figure, _heat(axis, term, image, _largest(image)), axis)
     axis.title.set_fontsize(NORMAL)
@@ -243,7 +243,7 @@ def _triple(figure: Any, axes: Any, term: Term, target: int) -> None:
     images = [_image(term, table[:, :, place], weights[:, :, place]) for place in places]
     most, drawn = _largest(*images), None
     for axis, place, image in zip(axes, places, images, strict=False):
-        _plain(axis, f"{term.names[2]} {_at(third, place)}", term.names[0], term.names[1] if axis is axes[0] else "")
+        plain_axis(axis, f"{term.names[2]} {_at(third, place)}", term.names[0], term.names[1] if axis is axes[0] else "")
         axis.title.set_fontsize(NORMAL)
         drawn = _heat(axis, term, image, most)
     _bar(figure, drawn, list(axes))

@@ -1,42 +1,60 @@
-"""Pictures of measures: methods side by side, with what is better marked. Colours of Okabe and Ito, never colour alone."""
+"""Pictures of measures: methods side by side, with what is better marked."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from xai_fast._optional import optional_import
 from xai_fast.metrics.characterization import characterization_score
+
+from ._measure_values import (
+    ARROWS,
+    curve_of,
+    direction_of,
+    fidelity_pairs,
+    given,
+    methods_of,
+    number_methods,
+    refuse_options,
+    value_and_error,
+)
+from .style import (
+    FAINT,
+    INK,
+    LARGE,
+    LEGEND,
+    MUTED,
+    NORMAL,
+    PALETTE,
+    RULE,
+    SMALL,
+    new_figure,
+    plain_axis,
+    style_of,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_bars", "plot_by_sparsity", "plot_fidelity", "plot_radar"]
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B3A8C", "#4D4D4D")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
-INK, MUTED, RULE, FAINT = "#222222", "#6b7280", "#c4c8ce", "#d9dce1"
 FID_PLUS, FID_MINUS = "fid+", "fid\N{MINUS SIGN}"
-ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 CONTOURS = (0.2, 0.4, 0.6, 0.8)
 # Room around the points of a plane of fidelities, and the shortest side that it shows.
 MARGIN, SHORTEST = 0.06, 0.25
 # What is seen beyond 0 and 1, so that points on the edge are whole.
 EDGE = 0.03
-SMALL, NORMAL, LARGE = 8.5, 9.5, 11
 # Of a line of names, in inches.
 NAME_HEIGHT = 0.18
 # Numbers nearer than this share of the picture would cover each other.
 CLOSE = 0.06
 # Letters of a title in a panel, and of a name around a radar.
 WIDE, NARROW = 38, 20
-LEGEND: dict[str, Any] = {"frameon": False, "fontsize": NORMAL, "labelcolor": INK, "handlelength": 2.4}
 
 
 def plot_fidelity(
@@ -87,14 +105,14 @@ def plot_fidelity(
     ['a', 'b']
     """
     if hasattr(points, "plot_fidelity"):
-        figure: Figure = points.plot_fidelity(**_given(levels=levels, limits=limits), size=size, **options)
+        figure: Figure = points.plot_fidelity(**given(levels=levels, limits=limits), size=size, **options)
         return figure
-    _refuse(options)
-    lines = {name: _pairs(value, name) for name, value in _methods(points, "points").items()}
+    refuse_options(options)
+    lines = {name: fidelity_pairs(value, name) for name, value in methods_of(points, "points").items()}
     for name, line in lines.items():
         if levels is not None and len(levels) != len(line):
             raise ValueError(f"levels: expected one for each of the {len(line)} points of {name!r}, got {len(levels)}")
-    drawing = _figure(size)
+    drawing = new_figure(size)
     axis = drawing.add_subplot()
     (left, right), (bottom, top) = limits or _frame(np.concatenate(list(lines.values())))
     axis.set(xlim=(left, right), ylim=(bottom, top))
@@ -104,7 +122,7 @@ def plot_fidelity(
     if levels is not None:
         _level_labels(axis, list(lines.values()), levels)
     _best_corner(axis, (left, right), (bottom, top))
-    _plain(axis, title, f"{FID_MINUS} ↓   the explanation alone", f"{FID_PLUS} ↑   all but the explanation")
+    plain_axis(axis, title, f"{FID_MINUS} ↓   the explanation alone", f"{FID_PLUS} ↑   all but the explanation")
     drawing.legend(*axis.get_legend_handles_labels(), loc="outside right upper", **LEGEND)
     return drawing
 
@@ -147,22 +165,22 @@ def plot_by_sparsity(
     'fid+ ↑'
     """
     if hasattr(curves, "plot_by_sparsity"):
-        figure: Figure = curves.plot_by_sparsity(**_given(better=better), title=title, panel=panel, **options)
+        figure: Figure = curves.plot_by_sparsity(**given(better=better), title=title, panel=panel, **options)
         return figure
-    _refuse(options)
-    panels = {name: _methods(value, f"curves[{name!r}]") for name, value in _methods(curves, "curves").items()}
-    styles = _numbers(panels.values())
+    refuse_options(options)
+    panels = {name: methods_of(value, f"curves[{name!r}]") for name, value in methods_of(curves, "curves").items()}
+    styles = number_methods(panels.values())
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    drawing = _figure((panel[0] * columns + 0.5, panel[1] * rows + (0.3 if title else 0)))
+    drawing = new_figure((panel[0] * columns + 0.5, panel[1] * rows + (0.3 if title else 0)))
     axes = np.asarray(drawing.subplots(rows, columns, squeeze=False)).ravel()
     for axis, (name, methods) in zip(axes, panels.items(), strict=False):
         ends = {}
         for method, curve in methods.items():
-            x, y, error = _curve(curve, f"curves[{name!r}][{method!r}]")
+            x, y, error = curve_of(curve, f"curves[{name!r}][{method!r}]")
             _line(axis, x, y, styles[method], method, error)
             ends[method] = (x[-1], y[-1])
-        _plain(axis, _titled(name, better), "sparsity (share left out)", "")
+        plain_axis(axis, _titled(name, better), "sparsity (share left out)", "")
         _name_lines(axis, ends, styles)
     for axis in axes[len(panels) :]:
         axis.axis("off")
@@ -212,20 +230,23 @@ def plot_bars(
     [0.7, 0.5]
     """
     if hasattr(values, "plot_bars"):
-        figure: Figure = values.plot_bars(**_given(better=better, panel=panel), title=title, columns=columns, **options)
+        figure: Figure = values.plot_bars(**given(better=better, panel=panel), title=title, columns=columns, **options)
         return figure
-    _refuse(options)
-    found = {m: {k: _value(v, m, k) for k, v in _methods(row, m).items()} for m, row in _methods(values, "values").items()}
+    refuse_options(options)
+    found = {
+        m: {k: value_and_error(v, m, k) for k, v in methods_of(row, m).items()}
+        for m, row in methods_of(values, "values").items()
+    }
     measures = list(dict.fromkeys(name for row in found.values() for name in row))
     columns = min(columns, len(measures))
     rows = -(-len(measures) // columns)
     width, height = panel or (2.5, 0.65 + 0.3 * len(found))
-    drawing = _figure((width * columns + 0.9, height * rows + (0.35 if title else 0)))
+    drawing = new_figure((width * columns + 0.9, height * rows + (0.35 if title else 0)))
     axes = np.asarray(drawing.subplots(rows, columns, squeeze=False, sharey=True)).ravel()
     for axis, name in zip(axes, measures, strict=False):
         pairs = [row.get(name, (math.nan, math.nan)) for row in found.values()]
-        _bar_panel(axis, list(found), pairs, _direction(name, better))
-        _plain(axis, _titled(name, better, int(width * 10)), "", "")
+        _bar_panel(axis, list(found), pairs, direction_of(name, better))
+        plain_axis(axis, _titled(name, better, int(width * 10)), "", "")
         axis.grid(False)
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0, labelsize=NORMAL, labelcolor=INK)
@@ -281,18 +302,21 @@ def plot_radar(
     [0.5, 0.5, 0.6, 0.5]
     """
     if hasattr(values, "plot_radar"):
-        given = _given(better=better, limits=limits)
-        figure: Figure = values.plot_radar(**given, title=title, size=size, **options)
+        asked = given(better=better, limits=limits)
+        figure: Figure = values.plot_radar(**asked, title=title, size=size, **options)
         return figure
-    _refuse(options)
-    found = {m: {k: _value(v, m, k)[0] for k, v in _methods(r, m).items()} for m, r in _methods(values, "values").items()}
+    refuse_options(options)
+    found = {
+        m: {k: value_and_error(v, m, k)[0] for k, v in methods_of(r, m).items()}
+        for m, r in methods_of(values, "values").items()
+    }
     measures = list(dict.fromkeys(name for row in found.values() for name in row))
     shown = [name for name in measures if any(math.isfinite(row.get(name, math.nan)) for row in found.values())]
     if len(shown) < 3:
         raise ValueError(f"values: expected at least 3 measures with numbers for a radar, got {len(shown)}")
     bounds = limits or {}
     radii = {name: _outward(name, [r.get(name, math.nan) for r in found.values()], better, bounds) for name in shown}
-    drawing = _figure(size, layout="none")
+    drawing = new_figure(size, layout="none")
     # Room for names all around, at the same place for every picture: radars are compared.
     side = min(size[1] - 1.5, size[0] - 5.2)
     axis = drawing.add_axes((1.75 / size[0], 0.7 / size[1], side / size[0], side / size[1]), projection="polar")
@@ -308,92 +332,6 @@ def plot_radar(
     return drawing
 
 
-# ---- what comes in ---------------------------------------------------------------------------------------------------
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    """Options of a study are none of plain values."""
-    if options:
-        raise TypeError(f"{next(iter(options))}: expected only beside a study, got it beside plain values")
-
-
-def _methods(values: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{name}: expected a dict by name, or a study, got {type(values).__name__}")
-    if not values:
-        raise ValueError(f"{name}: expected at least one entry, got none")
-    return values
-
-
-def _numbers(groups: Any) -> dict[str, int]:
-    """One style for a method in all panels."""
-    names = dict.fromkeys(name for group in groups for name in group)
-    return {name: number for number, name in enumerate(names)}
-
-
-def _array(value: Any) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().double()
-    return np.atleast_1d(np.asarray(value, dtype=np.float64))
-
-
-def _pairs(value: Any, name: str) -> np.ndarray:
-    if hasattr(value, "fid_plus") and hasattr(value, "fid_minus"):
-        return np.stack([_array(value.fid_minus), _array(value.fid_plus)], 1)
-    points = _array([tuple(map(float, pair)) for pair in value])
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points: expected (fid-, fid+) pairs for {name!r}, got shape {points.shape}")
-    return points
-
-
-def _curve(value: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
-        raise TypeError(f"{name}: expected (levels, values, errors), got {type(value).__name__}")
-    parts = [None if part is None else _array(part) for part in (*value, None)[:3]]
-    x, y, error = parts
-    if x is None or y is None or x.shape != y.shape or (error is not None and error.shape != x.shape):
-        shapes = ", ".join("None" if part is None else str(part.shape) for part in parts)
-        raise ValueError(f"{name}: expected levels, values and errors of one shape, got {shapes}")
-    order = np.argsort(x)
-    return x[order], y[order], None if error is None else error[order]
-
-
-def _value(value: Any, method: str, measure: str) -> tuple[float, float]:
-    pair = value if isinstance(value, (tuple, list)) else (value, math.nan)
-    try:
-        number, error = (float(v) for v in pair)
-    except (TypeError, ValueError):
-        raise TypeError(f"values[{method!r}][{measure!r}]: expected a number or (value, error), got {value!r}") from None
-    return number, error
-
-
-def _direction(name: str, better: Mapping[str, str | None] | None) -> str | None:
-    direction = (better or {}).get(name)
-    if direction not in ARROWS:
-        raise ValueError(f"better: expected 'higher', 'lower' or None for {name!r}, got {direction!r}")
-    return direction
-
-
-# ---- how it looks ----------------------------------------------------------------------------------------------------
-
-
-def _figure(size: tuple[float, float], layout: str = "constrained") -> Any:
-    return optional_import("matplotlib.figure", "demo").Figure(figsize=size, layout=layout)
-
-
-def _style(number: int) -> dict[str, Any]:
-    return {
-        "color": PALETTE[number % len(PALETTE)],
-        "marker": MARKERS[number % len(MARKERS)],
-        # The second time round the colours, the dashes tell them apart.
-        "linestyle": DASHES[number // len(PALETTE) % len(DASHES)],
-    }
-
-
 def _label(name: str) -> str:
     """A name for people: "fid_plus_model_accuracy" is "fid+ model, accuracy"."""
     for start, short in (("fid_plus", FID_PLUS), ("fid_minus", FID_MINUS), ("characterization", "characterization")):
@@ -404,26 +342,11 @@ def _label(name: str) -> str:
 
 
 def _titled(name: str, better: Mapping[str, str | None] | None, width: int = WIDE) -> str:
-    return _wrapped(f"{_label(name)} {ARROWS[_direction(name, better)]}".strip(), width)
-
-
-def _wrapped(text: str, width: int) -> str:
-    """Lines of about equal length, none longer than `width` where words allow."""
-    rows = -(-len(text) // width)
-    return "\n".join(textwrap.wrap(text, max(-(-len(text) // rows) + 4, 8))) if rows > 1 else text
-
-
-def _plain(axis: Any, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=LARGE, loc="left", color=INK)
-    axis.set_xlabel(x, fontsize=NORMAL, color=INK)
-    axis.set_ylabel(y, fontsize=NORMAL, color=INK)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(MUTED)
-    axis.tick_params(labelsize=SMALL, color=MUTED, labelcolor=MUTED)
+    return wrapped(f"{_label(name)} {ARROWS[direction_of(name, better)]}".strip(), width)
 
 
 def _line(axis: Any, x: Any, y: Any, number: int, name: str, error: Any = None) -> None:
-    style = _style(number)
+    style = style_of(number)
     if error is not None:
         axis.fill_between(x, y - error, y + error, color=style["color"], alpha=0.15, linewidth=0)
     axis.plot(x, y, label=name, markersize=5.5, linewidth=1.6, markeredgecolor="white", markeredgewidth=0.7, **style)
@@ -435,7 +358,7 @@ def _name_lines(axis: Any, ends: Mapping[str, Any], styles: Mapping[str, int]) -
     wanted = {name: (y - low) / (high - low) for name, (_, y) in ends.items() if math.isfinite(y)}
     gap = NAME_HEIGHT / (axis.get_window_extent().height / axis.figure.dpi)
     for name, place in _apart(wanted, gap).items():
-        style = {**_style(styles[name]), "linestyle": "none"}
+        style = {**style_of(styles[name]), "linestyle": "none"}
         outside = {"transform": axis.transAxes, "clip_on": False}
         axis.plot([1.045], [place], markersize=5.5, markeredgecolor="white", markeredgewidth=0.7, **style, **outside)
         axis.text(1.08, place, name, color=INK, fontsize=NORMAL, va="center", **outside)
@@ -569,7 +492,7 @@ def _outward(
         if worst == best:
             raise ValueError(f"limits: expected two different values for {name!r}, got {limits[name]!r}")
         radii = (x - worst) / (best - worst)
-    elif _direction(name, better) == "lower":
+    elif direction_of(name, better) == "lower":
         least = max(float(np.nanmin(x)), 0.0)
         radii = np.where(x <= least, 1.0, least / np.where(x > 0, x, 1.0))
     else:
@@ -581,7 +504,7 @@ def _outward(
 
 def _polygon(axis: Any, angles: np.ndarray, radii: list[float], number: int, name: str) -> None:
     closed = np.append(angles, angles[0]), np.append(radii, radii[0])
-    style = _style(number)
+    style = style_of(number)
     look = {"linewidth": 1.7, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "clip_on": False}
     axis.plot(*closed, label=name, **look, **style)
 
@@ -595,7 +518,7 @@ def _spokes(axis: Any, angles: np.ndarray, labels: list[str]) -> None:
     for angle, label in zip(angles, labels, strict=True):
         side = np.sin(angle)
         place = "center" if abs(side) < 0.15 else ("left" if side > 0 else "right")
-        axis.text(angle, 1.08, _wrapped(label, NARROW), fontsize=NORMAL, color=INK, ha=place, va="center")
+        axis.text(angle, 1.08, wrapped(label, NARROW), fontsize=NORMAL, color=INK, ha=place, va="center")
     axis.tick_params(axis="y", labelsize=SMALL - 1, labelcolor=MUTED)
     axis.grid(color=FAINT, linewidth=0.8)
     axis.spines["polar"].set_color(FAINT)
