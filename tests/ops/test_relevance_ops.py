@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 import xai_fast as xf
 from tests.implementations import assert_number_of_threads_does_not_matter, with_threads
 from tests.peers.locate import peers_directory
+from xai_fast.ops import fused_attention
 from xai_fast.ops import relevance as ops
 from xai_fast.reference import relevance as reference
 from xai_fast.reference import rollout as rollout_reference
@@ -179,10 +180,10 @@ def test_gradient_form_is_relevance_over_input() -> None:
     out = rollout_reference.attention_probabilities(query, key, None, None, None, False) @ value.repeat_interleave(2, 1)
     wanted = xf.ops.attention_relevance(query, key, value, relevance, eps=1e-3)
     for output in (None, out):
-        found = ops.attention_gradients(query, key, value, relevance / out, output=output, eps=1e-3)
+        found = fused_attention.attention_gradients(query, key, value, relevance / out, output=output, eps=1e-3)
         for x, g, r in zip((query, key, value), found, wanted, strict=True):
             torch.testing.assert_close(x * g, r, rtol=1e-7, atol=1e-9)
-    g_query, g_key, _ = ops.attention_gradients(query, key, value, relevance, lam=0.0)
+    g_query, g_key, _ = fused_attention.attention_gradients(query, key, value, relevance, lam=0.0)
     assert g_query is None
     assert g_key is None
 
@@ -192,7 +193,7 @@ def test_true_gradients_are_a_special_case() -> None:
     query, key, value, grad = (t.double().requires_grad_() for t in qkv(4, 4))
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     wanted = torch.autograd.grad(out, (query, key, value), grad)
-    found = ops.attention_gradients(query, key, value, grad.detach())
+    found = fused_attention.attention_gradients(query, key, value, grad.detach())
     for f, w, factor in zip(found, wanted, (0.25, 0.25, 0.5), strict=True):
         torch.testing.assert_close(f, factor * w, rtol=1e-9, atol=1e-9)
 
@@ -225,10 +226,13 @@ CALLS: list[tuple[Any, Any]] = [
     (ops._identity_gradient, lambda: (torch.randn(3, 9), torch.randn(3, 9), torch.randn(3, 9), 0.5)),
     (ops._linear_relevance, lambda: (*linear_inputs(), "gamma", 0.1, 0.25, 2.0, 1.0, None, None)),
     (ops._linear_relevance, lambda: (*linear_inputs(), "zplus", 0.1, 0.25, 2.0, 1.0, None, None)),
-    (ops._attention_relevance, lambda: (*qkv(), None, torch.rand(2, 1, 9, 7) > 0.3, None, True, 0.5, 0.1, False)),
-    (ops._attention_relevance, lambda: (*qkv(), None, None, None, False, 0.0, 0.1, True)),
     (
-        ops._targeted_rows,
+        fused_attention._attention_relevance,
+        lambda: (*qkv(), None, torch.rand(2, 1, 9, 7) > 0.3, None, True, 0.5, 0.1, False),
+    ),
+    (fused_attention._attention_relevance, lambda: (*qkv(), None, None, None, False, 0.0, 0.1, True)),
+    (
+        fused_attention._targeted_rows,
         lambda: (*targeted_inputs(), None, None, None, None, None, True, "mean", True, 1.0, True, 0.5, 0.1),
     ),
 ]

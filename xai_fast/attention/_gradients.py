@@ -117,7 +117,7 @@ class OutputTap(Tap):
         assert isinstance(layer, QueryKeyLayer)
         query, key, value, grad = self._tensors(layer, grad)
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        _, _, passed = ops.relevance.attention_gradients(query, key, value, grad, lam=0.0, **_score_options(layer))
+        _, _, passed = ops.fused_attention.attention_gradients(query, key, value, grad, lam=0.0, **_score_options(layer))
         return (value * passed).sum(-1)
 
 

@@ -163,7 +163,7 @@ def attention_gradient(
     g: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> Sequence[Tensor | None]:
     """The rule of fused attention; query (B,H,N,d), key and value (B,Hkv,M,d)."""
-    return ops.relevance.attention_gradients(query, key, value, g, **options)
+    return ops.fused_attention.attention_gradients(query, key, value, g, **options)
 
 
 def identity_ratio(y: Tensor, x: Tensor, at_zero: float, slope: float) -> Tensor:

@@ -4,6 +4,7 @@ Every op runs the compiled kernel for its device, or the PyTorch reference where
 ``torch.compile(fullgraph=True)`` and FakeTensor; and is differentiable (the backward pass differentiates the reference).
 """
 
+from .fused_attention import attention_relevance, targeted_rows
 from .ihvp import (
     glm_hvp,
     glm_weights,
@@ -15,13 +16,11 @@ from .ihvp import (
 )
 from .metrics import conciseness, map_distances, perturb, rank_features, replace_ranked
 from .relevance import (
-    attention_relevance,
     av_relevance,
     layer_norm_relevance,
     linear_relevance,
     skip_relevance,
     softmax_relevance,
-    targeted_rows,
 )
 from .rollout import attention_probabilities, fuse_heads, rollout_rows, rollout_rows_qk
 

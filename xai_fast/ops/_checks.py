@@ -12,6 +12,10 @@ from .._dtypes import SUPPORTED
 
 HEAD_FUSIONS = ("mean", "sum", "max", "min")
 
+# The streamed CUDA kernels keep whole rows of q, k and v on the chip (kMaxDim in csrc/cuda); wider heads, which no common
+# model has, run the reference.
+CUDA_MOST_DIM = 256
+
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)

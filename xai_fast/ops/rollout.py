@@ -21,10 +21,6 @@ from ._library import Op
 # From this many rows on, the fused matrix and one GEMM beat a pass over the attention for every group of rows.
 MANY_ROWS = 24
 
-# The streamed CUDA kernels keep whole rows of q and k on the chip (kMaxDim in csrc/cuda/rollout.cu); wider heads, which no
-# common model has, run the reference.
-CUDA_MOST_DIM = 256
-
 _C = _backend.C
 
 
@@ -229,7 +225,7 @@ def rollout_rows_qk(
     if lse is not None:
         check.check_lse(lse, query)
     options = (attn_mask, lse, scale, bool(is_causal), head_fusion, residual, bool(normalize))
-    if query.is_cuda and query.shape[3] > CUDA_MOST_DIM:
+    if query.is_cuda and query.shape[3] > check.CUDA_MOST_DIM:
         return reference.rollout_rows_qk(query, key, rows, *options)
     return _rollout_rows_qk(query, key, rows, *options)
 
