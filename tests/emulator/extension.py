@@ -6,6 +6,7 @@ signature as the real one. The build is cached by a hash of its sources and flag
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -80,9 +81,11 @@ def _finish(process: subprocess.Popen) -> None:
 def emulated_module() -> ModuleType:
     """The module, built on the first call."""
     target = CACHE / f"{NAME}_{_fingerprint()}.so"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        _compile(target)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # one of the test processes builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _compile(target)
     spec = importlib.util.spec_from_file_location(NAME, target)
     assert spec is not None
     assert spec.loader is not None
