@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -13,8 +14,13 @@ from .fast_vit_rollout import PEERS
 __all__ = ["ebm"]
 
 
-def ebm(X: np.ndarray, y: np.ndarray, pairs: list[tuple[int, int]], jobs: int, **options: Any) -> Any:
-    """A fitted ExplainableBoostingRegressor with those pairs."""
+def ebm(
+    X: np.ndarray, y: np.ndarray, pairs: list[tuple[int, int]], jobs: int, seconds: float | None = None, **options: Any
+) -> Any:
+    """An ExplainableBoostingRegressor with those pairs, fitted, or as far as it came in so many seconds."""
+    begin = time.perf_counter()
+    if seconds is not None:
+        options["callback"] = lambda *state: time.perf_counter() - begin > seconds
     sys.path.append(str(PEERS))
     try:
         with warnings.catch_warnings():
