@@ -1,4 +1,4 @@
-"""Concept activation vectors and TCAV against Captum and scikit-learn.
+"""Concept activation vectors and TCAV against Captum and scikit-learn; token norms against a read of the data.
 
 Run: make bench, or pytest benchmarks/test_concepts.py -s [--write-results] [--threads N]
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import xai_fast.concepts as concepts
 from benchmarks.harness import Table, alternate
 from benchmarks.peers import concepts_libraries as libraries
+from xai_fast.attention import artifacts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 METHODS = ("ridge", "lda", "logistic", "mean_difference")
@@ -117,3 +119,28 @@ def test_tcav(table: Table) -> None:
         )
     if DEVICE.type == "cpu":
         assert each["captum TCAV, flatten, 1 concept x 3 random sets"] > 10 * each[flat]
+
+
+@pytest.mark.parametrize(
+    "shape", [(12, 8, 1370, 384), (24, 2, 1370, 1024)], ids=["ViT-S/14 at 518 px", "ViT-L/14 at 518 px"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_token_norms(table: Table, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    states = [torch.randn(shape[1:], device=DEVICE).to(dtype) for _ in range(shape[0])]
+    norms = artifacts.token_norms(states)
+    peers: Peers = {
+        "norms and outliers": lambda: artifacts.find_outliers(artifacts.token_norms(states), ignore_tokens=0),
+        "xai_fast token_norms": lambda: artifacts.token_norms(states),
+        "xai_fast find_outliers of the norms": lambda: artifacts.find_outliers(norms, ignore_tokens=0),
+        "torch, x.norm(dim=-1) and a sort": lambda: torch.stack([x.norm(dim=-1) for x in states]).sort(-1),
+        "read once (x.sum())": lambda: [x.sum() for x in states],
+    }
+    times = alternate(peers, rounds=15, seconds=20)
+    bare = times["read once (x.sum())"]
+    for name, seconds in times.items():
+        table.add(
+            case=f"token norms of {shape} {str(dtype).removeprefix('torch.')}",
+            method=name,
+            ms=f"{seconds * 1e3:.1f}",
+            **{"reads of the data": f"{seconds / bare:.2f}"},
+        )

@@ -111,4 +111,17 @@ void conciseness_cpu(const Conciseness& p, int64_t begin, int64_t end);  // item
 int64_t conciseness_slots_cuda(int64_t batch, int64_t entries);
 const char* launch_conciseness(const Conciseness& p, void* stream);
 
+// ---- norms of rows -------------------------------------------------------------------------------------------------------
+//   out[r] = |x[r]|, in one read; sums in the accumulate type, in double where they leave kLeastSquares .. kMostSquares, so
+// that a float norm neither overflows nor loses what is small
+constexpr float kLeastSquares = 0x1p-60f, kMostSquares = 0x1p120f;
+struct RowNorms {
+  const void* x;  // (R,D) contiguous, of `dtype`
+  void* out;      // (R), of the accumulate type
+  int64_t rows, entries;
+  Dtype dtype;
+};
+void row_norms_cpu(const RowNorms& p, int64_t begin, int64_t end);  // items: the R rows
+const char* launch_row_norms(const RowNorms& p, void* stream);
+
 }  // namespace xai

@@ -205,6 +205,23 @@ Tensor conciseness(const Tensor& maps_in, double threshold, bool gini) {
   return out;
 }
 
+Tensor row_norms(const Tensor& x_in) {
+  check_matrix(x_in, "x");
+  const c10::DeviceGuard guard(x_in.device());
+  const Tensor x = x_in.contiguous();
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor out = at::empty({x.size(0)}, x.options().dtype(type));
+  const RowNorms p{x.const_data_ptr(), out.mutable_data_ptr(), x.size(0), x.size(1), dtype_of(x)};
+  if (p.rows == 0) return out;
+  if (on_gpu(x)) {
+    check_launch(launch_row_norms(p, current_stream(x)));
+    return out;
+  }
+  const pybind11::gil_scoped_release release;
+  parallel(p.rows, double(x.numel()), [&](int64_t i, int64_t j) { row_norms_cpu(p, i, j); });
+  return out;
+}
+
 }  // namespace
 
 void bind_metrics(pybind11::module_& m) {
@@ -215,6 +232,7 @@ void bind_metrics(pybind11::module_& m) {
   m.def("perturb", &perturb);
   m.def("map_distances", &map_distances);
   m.def("conciseness", &conciseness);
+  m.def("row_norms", &row_norms);
 }
 
 }  // namespace xai

@@ -47,10 +47,12 @@ struct Bodies {
   void (*perturb_finish)(const Perturb&, int64_t, int64_t);
   void (*map_distances)(const MapDistances&, int64_t, int64_t);
   void (*conciseness)(const Conciseness&, int64_t, int64_t);
+  void (*row_norms)(const RowNorms&, int64_t, int64_t);
 };
 
-#define XAI_BODIES(ISA) \
-  {ISA::rank_features, ISA::replace_ranked, ISA::perturb, ISA::perturb_finish, ISA::map_distances, ISA::conciseness}
+#define XAI_BODIES(ISA)                                                         \
+  {ISA::rank_features, ISA::replace_ranked, ISA::perturb,  ISA::perturb_finish, \
+   ISA::map_distances, ISA::conciseness,    ISA::row_norms}
 
 #define XAI_BODY_FILE "metrics.inc"
 #include "bodies.inc"
@@ -83,5 +85,7 @@ void map_distances_finish_cpu(const MapDistances& p, int64_t begin, int64_t end)
 }
 
 void conciseness_cpu(const Conciseness& p, int64_t begin, int64_t end) { bodies().conciseness(p, begin, end); }
+
+void row_norms_cpu(const RowNorms& p, int64_t begin, int64_t end) { bodies().row_norms(p, begin, end); }
 
 }  // namespace xai

@@ -44,5 +44,6 @@ int64_t map_distances_slots_cuda(int64_t) { return 1; }
 const char* launch_map_distances(const MapDistances&, void*) { return kAbsent; }
 int64_t conciseness_slots_cuda(int64_t, int64_t) { return 1; }
 const char* launch_conciseness(const Conciseness&, void*) { return kAbsent; }
+const char* launch_row_norms(const RowNorms&, void*) { return kAbsent; }
 
 }  // namespace xai

@@ -1,4 +1,4 @@
-// CUDA side of ../metrics.h: ranks, removal, distances and conciseness. Perturbation is in perturb.cu.
+// CUDA side of ../metrics.h, without perturbation, which is in perturb.cu.
 #include "../metrics.h"
 
 #include <cmath>
@@ -220,6 +220,38 @@ __global__ void __launch_bounds__(kThreads) finish_conciseness_kernel(const Conc
   out[2] = !finite || !p.gini ? nan : some ? sums[3] / (double(p.entries) * total) : 0.0;
 }
 
+// ---- norms of rows ------------------------------------------------------------------------------------------------------
+
+// Over the threads of a warp, for all of them.
+template <class Acc, class T>
+__device__ Acc sum_of_squares(const T* row, int64_t entries, bool vector) {
+  constexpr int N = kPiece<T>;
+  Acc part[N] = {};  // short chains: less waiting, smaller rounding
+  for (int64_t i = int64_t(threadIdx.x % kWarp) * N; i < entries; i += kWarp * N) {
+    Acc x[N];
+    load_run(row + i, min(int64_t(N), entries - i), vector, x);
+#pragma unroll
+    for (int k = 0; k < N; ++k) part[k] += x[k] * x[k];
+  }
+#pragma unroll
+  for (int k = 1; k < N; ++k) part[0] += part[k];
+  return warp_sum(part[0]);
+}
+
+// x (R,D) -> out (R), a warp a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) row_norms_kernel(const RowNorms p, bool vector) {
+  using Acc = Accumulate<T>;
+  const int64_t r = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (r >= p.rows) return;
+  const T* row = static_cast<const T*>(p.x) + r * p.entries;
+  const Acc total = sum_of_squares<Acc>(row, p.entries, vector);
+  Acc norm = sqrt(total);
+  if (sizeof(Acc) == sizeof(float) && !(total >= kLeastSquares && total <= kMostSquares))
+    norm = Acc(sqrt(sum_of_squares<double>(row, p.entries, vector)));
+  if (threadIdx.x % kWarp == 0) static_cast<Acc*>(p.out)[r] = norm;
+}
+
 }  // namespace
 
 const char* launch_invert_order(const RankFeatures& p, void* stream) {
@@ -256,6 +288,14 @@ const char* launch_conciseness(const Conciseness& p, void* stream) {
     return launch(conciseness_kernel<T>, grid_of(p.batch * p.slots), kThreads, kWarps * sizeof(double), stream, p, vector);
   });
   return error ? error : launch(finish_conciseness_kernel, blocks_for(p.batch, kThreads), kThreads, 0, stream, p);
+}
+
+const char* launch_row_norms(const RowNorms& p, void* stream) {
+  return with_dtype(p.dtype, [&](auto element) -> const char* {
+    using T = typename decltype(element)::type;
+    const bool vector = can_move_runs<kPiece<T>, T>(p.entries, {p.x});
+    return launch(row_norms_kernel<T>, grid_of((p.rows + kWarps - 1) / kWarps), kThreads, 0, stream, p, vector);
+  });
 }
 
 }  // namespace xai

@@ -314,6 +314,41 @@ def test_distances_of_hard_numbers(implementation: Implementation, norm: str) ->
     assert check_distances(implementation, normal(0, 7), normal(1, 7), norm).shape == (0,)
 
 
+# ---- norms of rows ---------------------------------------------------------------------------------------------------
+
+
+def check_row_norms(implementation: Implementation, x: Tensor) -> Tensor:
+    found, exact = implementation("row_norms", x), reference.row_norms(x.double())
+    assert found.dtype == (F64 if x.dtype == F64 else F32)
+    rounding, smallest = (1e-14, 0) if x.dtype == F64 else (5e-7, 2.0**-149)
+    torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=smallest, equal_nan=True)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 64, 129, 384, 1000, 20_001] if FULL else [1, 7, 129, 1000])
+def test_row_norms(implementation: Implementation, dtype: torch.dtype, n: int) -> None:
+    x = normal(13, n, dtype=dtype)
+    check_row_norms(implementation, x)
+    check_row_norms(implementation, misaligned(x))
+    check_row_norms(implementation, normal(n, 13, dtype=dtype).t())
+    check_row_norms(implementation, x[:1].expand(3, n))
+    assert check_row_norms(implementation, x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("n", [1, 40, 700])
+def test_row_norms_of_hard_numbers(implementation: Implementation, n: int) -> None:
+    """Squares may lie outside of float: norms below and above its root, and a NaN or an infinity in its own row alone."""
+    for scale in (1e-44, 1e-38, 1e-25, 1e-10, 1e17, 1e19, 1e36):
+        check_row_norms(implementation, torch.full((2, n), scale) * torch.tensor([[1.0], [-0.5]]))
+    check_row_norms(implementation, torch.zeros(3, n))
+    check_row_norms(implementation, normal(3, n, dtype=F64) * 1e150)
+    for value in (math.nan, math.inf, -math.inf):
+        x = normal(3, n)
+        x[1, n // 2] = value
+        assert check_row_norms(implementation, x).isfinite().tolist() == [True, False, True]
+
+
 # ---- conciseness -----------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +432,7 @@ def problems() -> list[tuple[Any, ...]]:
         ("perturb", maps[:3].bfloat16(), sample, draw, "linf", 1.0, 0, 0),
         *(("map_distances", maps, maps[:3].flip(1), sample, norm) for norm in NORMS),
         ("conciseness", maps, 0.1, True),
+        ("row_norms", maps),
     ]
 
 
@@ -423,6 +459,7 @@ def test_random_problems(implementation: Implementation, seed: int) -> None:
     maps = normal(batch, n, dtype=dtype).mul(4).round().div(4)
     check_ranks(implementation, maps.to(F64 if dtype == F64 else F32))
     check_conciseness(implementation, maps, seed / 10)
+    check_row_norms(implementation, maps)
     for norm in NORMS:
         check_distances(implementation, normal(4, n, dtype=dtype), maps, norm)
     for ball in BALLS:

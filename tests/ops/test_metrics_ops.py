@@ -48,6 +48,7 @@ def everything(x: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         xf.ops.map_distances(noisy, x, sample=SAMPLE, norm="linf"),
         xf.ops.conciseness(noisy, threshold=0.1),
         xf.ops.conciseness(scores, gini=False)[:, :2],
+        xf.ops.row_norms(x),
     )
 
 
@@ -92,6 +93,18 @@ def test_distances_are_norms(x: Tensor) -> None:
         torch.testing.assert_close(xf.ops.map_distances(maps, x, sample=SAMPLE, norm=norm), expected, rtol=1e-6, atol=0)
 
 
+def test_row_norms_of_any_shape(x: Tensor) -> None:
+    for view in (x, x[:, 1:, ::2], x.transpose(1, 3), x[0, 0, 0]):
+        torch.testing.assert_close(xf.ops.row_norms(view), view.norm(dim=-1), rtol=1e-6, atol=0)
+
+
+def test_gradients_of_row_norms() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(xf.ops.row_norms, x)
+    (gradient,) = torch.autograd.grad(xf.ops.row_norms(torch.zeros(1, 4, requires_grad=True) + 0 * x[:1].float()).sum(), x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
 def test_conciseness_of_known_maps() -> None:
     """A constant map, one entry, and a half of each; the Gini index as half the mean absolute difference."""
     maps = torch.tensor([[1.0, 1, 1, 1], [0, 0, -5, 0], [2, 0, 2, 0]])
@@ -118,6 +131,7 @@ def test_empty_requests(x: Tensor, scores: Tensor) -> None:
     assert xf.ops.perturb(x, sample=none, draw=none, radius=1.0).shape == (0, C, P, D)
     assert xf.ops.map_distances(x[:0], x, sample=none).shape == (0,)
     assert xf.ops.conciseness(x[:0]).shape == (0, 3)
+    assert xf.ops.row_norms(x[:0]).shape == (0, C, P)
     assert xf.ops.perturb(x[:0], sample=none, draw=none, radius=1.0).shape == (0, C, P, D)
 
 
@@ -135,17 +149,19 @@ def test_strides_do_not_matter(x: Tensor, scores: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_dtypes(x: Tensor, scores: Tensor, dtype: torch.dtype) -> None:
-    ranks, removed, noisy, boxed, *measures = everything(x.to(dtype), scores.to(dtype))
+    ranks, removed, noisy, boxed, *measures, norms = everything(x.to(dtype), scores.to(dtype))
     assert ranks.dtype == torch.int32
     assert torch.equal(ranks, reference.rank_features(scores.to(dtype)))
     assert removed.dtype == noisy.dtype == boxed.dtype == dtype
     assert all(m.dtype == torch.float64 for m in measures)
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_results_have_no_gradient(x: Tensor, scores: Tensor) -> None:
-    """A measure is not a loss: the ops look at the numbers alone."""
-    results = everything(x.requires_grad_(), scores.requires_grad_())
-    assert not any(r.requires_grad for r in results)
+    """A measure is not a loss: the ops look at the numbers alone. Norms of tokens have gradients."""
+    *measures, norms = everything(x.requires_grad_(), scores.requires_grad_())
+    assert not any(m.requires_grad for m in measures)
+    assert norms.requires_grad
 
 
 def test_opcheck(x: Tensor, scores: Tensor) -> None:
@@ -160,6 +176,7 @@ def test_opcheck(x: Tensor, scores: Tensor) -> None:
         torch.library.opcheck(ops._perturb.overload, (flat, SAMPLE, DRAW, ball, 0.5, 2**60, 3))
     torch.library.opcheck(ops._map_distances.overload, (maps, flat, SAMPLE, "l1"))
     torch.library.opcheck(ops._conciseness.overload, (maps, 0.1, True))
+    torch.library.opcheck(ops._row_norms.overload, (maps,))
 
 
 def test_compile_fullgraph(x: Tensor, scores: Tensor) -> None:
@@ -178,6 +195,7 @@ def test_fake_tensors() -> None:
         assert (noisy.shape, noisy.dtype) == ((E, C, P, D), torch.float16)
         assert xf.ops.map_distances(noisy, x, sample=number).shape == (E,)
         assert xf.ops.conciseness(noisy).shape == (E, 3)
+        assert (xf.ops.row_norms(noisy).shape, xf.ops.row_norms(noisy).dtype) == ((E, C, P), torch.float32)
 
 
 def test_number_of_threads_does_not_matter() -> None:
@@ -232,6 +250,8 @@ BAD = [
     (lambda: xf.ops.conciseness(X[0, 0, 0]), ValueError, r"maps: expected shape \(B, ...\)"),
     (lambda: xf.ops.conciseness(X, threshold=-0.1), ValueError, "threshold: .*at least 0, got -0.1"),
     (lambda: xf.ops.conciseness(X, threshold="0"), TypeError, "threshold: expected a number, got str"),
+    (lambda: xf.ops.row_norms(X.long()), TypeError, "x: expected a float32"),
+    (lambda: xf.ops.row_norms(X[..., :0]), ValueError, r"x: expected shape \(..., D\) with D of at least 1"),
 ]
 
 

@@ -14,7 +14,7 @@ from .ihvp import (
     random_projection,
     sample_rows,
 )
-from .metrics import conciseness, map_distances, perturb, rank_features, replace_ranked
+from .metrics import conciseness, map_distances, perturb, rank_features, replace_ranked, row_norms
 from .relevance import (
     av_relevance,
     layer_norm_relevance,
@@ -44,6 +44,7 @@ __all__ = [
     "replace_ranked",
     "rollout_rows",
     "rollout_rows_qk",
+    "row_norms",
     "sample_rows",
     "skip_relevance",
     "softmax_relevance",

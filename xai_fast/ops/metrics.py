@@ -1,4 +1,4 @@
-"""What the measures of explanations do to inputs and maps: ranks, removal by rank, seeded noise, distances, conciseness.
+"""What measures do to inputs and maps: ranks, removal by rank, seeded noise, distances, conciseness, norms of tokens.
 
 The measures themselves (``xai_fast.metrics``) run a model on what these make. Formulas: ``csrc/metrics.h``.
 """
@@ -55,6 +55,13 @@ _conciseness = Op(
     reference.conciseness,
     _C and _C.conciseness,
     lambda maps, *options: maps.new_empty((maps.shape[0], 3), dtype=torch.float64),
+)
+
+_row_norms = Op(
+    "row_norms(Tensor x) -> Tensor",
+    reference.row_norms,
+    _C and _C.row_norms,
+    lambda x: x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)),
 )
 
 
@@ -354,3 +361,40 @@ def conciseness(maps: Tensor, *, threshold: float = 0.0, gini: bool = True) -> T
         raise ValueError(f"maps: expected shape (B, ...) with entries in every map, got {check.shape_of(maps)}")
     threshold = check.check_at_least_zero(threshold, "threshold")
     return _conciseness(maps.detach().flatten(1).contiguous(), threshold, bool(gini))
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """L2 norms over the last dimension, such as those of the tokens of hidden states, in one read.
+
+    .. math:: out_r = \\lVert x_r \\rVert_2
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., D)
+        Floating.
+
+    Returns
+    -------
+    Tensor, shape (...)
+        float64 for float64 inputs, float32 for every shorter type, in which a norm does not overflow as its square would.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a floating tensor, no dimension, or D = 0.
+
+    Notes
+    -----
+    For the token norms of Darcet et al. (2024), "Vision Transformers Need Registers" (arXiv 2309.16588); see
+    `xai_fast.attention.artifacts`. Differentiable.
+
+    Examples
+    --------
+    >>> import torch, xai_fast as xf
+    >>> xf.ops.row_norms(torch.tensor([[3.0, 4.0], [1e30, 0.0]]))
+    tensor([5.0000e+00, 1.0000e+30])
+    """
+    check.check_float_tensor(x, "x")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape (..., D) with D of at least 1, got {check.shape_of(x)}")
+    return _row_norms(x.reshape(-1, x.shape[-1])).view(x.shape[:-1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._dtypes import accumulate_dtype
 from .philox import philox
 
-__all__ = ["conciseness", "map_distances", "perturb", "rank_features", "replace_ranked"]
+__all__ = ["conciseness", "map_distances", "perturb", "rank_features", "replace_ranked", "row_norms"]
 
 # Last word of the counter of the perturbations, and the first word of the draw of a radius (csrc/metrics.h).
 PERTURB_STREAM = 0x70657274
@@ -87,3 +87,8 @@ def conciseness(maps: Tensor, threshold: float, gini: bool) -> Tensor:
     uneven = (a.sort(dim=1).values * weights).sum(1)
     index = torch.where(total == 0, 0.0, uneven / (n * total)).masked_fill(undefined, math.nan)
     return torch.stack([size, entropy, index], 1)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """x (R,D) -> (R) in the accumulate type, squared and added in float64."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(accumulate_dtype(x.dtype))

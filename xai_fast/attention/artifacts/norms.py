@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._dtypes import accumulate_dtype
 from ...ops import _checks as check
+from ...ops import row_norms
 from ._blocks import Block, Layers, call, find_blocks, hidden_of, plainly, token_dim
 
 __all__ = ["TokenNorms", "token_norms"]
@@ -119,17 +119,13 @@ def token_norms(
     return _of_states(model_or_hidden_states)
 
 
-def _norm(hidden: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(hidden, dim=-1, dtype=accumulate_dtype(hidden.dtype))
-
-
 def _of_states(states: Any) -> Tensor:
     if isinstance(states, (Tensor, np.ndarray)):
         hidden = torch.as_tensor(states)
         check.check_float_tensor(hidden, "hidden_states")
         if hidden.dim() not in (3, 4):
             raise ValueError(f"hidden_states: expected (B, T, D) or (L, B, T, D), got shape {check.shape_of(hidden)}")
-        return _norm(hidden)
+        return row_norms(hidden)
     if not isinstance(states, Sequence) or isinstance(states, str):
         raise TypeError(f"hidden_states: expected a model, a tensor or a sequence of tensors, got {type(states).__name__}")
     if not states:
@@ -144,7 +140,7 @@ def _of_states(states: Any) -> Tensor:
         check.check_float_tensor(hidden, name)
         if hidden.dim() != 3:
             raise ValueError(f"{name}: expected shape (B, T, D), got {check.shape_of(hidden)}")
-        found.append(_norm(hidden))
+        found.append(row_norms(hidden))
     return _stack(found, [f"hidden_states[{number}]" for number in range(len(found))])
 
 
@@ -159,7 +155,7 @@ def _of_model(model: nn.Module, inputs: Any, layers: Layers, keep_hidden: bool) 
             raise ValueError(f"layers: expected blocks that run once in a forward pass, but {block.name!r} ran again")
         hidden = hidden_of(output, block).detach()
         hidden = hidden.transpose(0, 1) if token_dim(block.module) == 0 else hidden
-        norms[place] = _norm(hidden)
+        norms[place] = row_norms(hidden)
         if keep_hidden:
             # Later code may write to the block's output.
             kept[place] = hidden.clone()
