@@ -165,6 +165,26 @@ def test_solution_is_that_of_dense_least_squares(basis: str) -> None:
     torch.testing.assert_close(values, wanted.T, rtol=0, atol=2e-5)
 
 
+def test_written_out_equations_have_the_solution_of_cg(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = uniform(2000)
+    options = {"interactions": [(0, 1), (0, 1, 2)], "smoothing": 0.01, "bins": 16}
+    direct = fit_gam(additive, X, **options)
+    monkeypatch.setattr("xai_fast.distill._solve.DIRECT", 0)
+    steps = fit_gam(additive, X, **options)
+    assert {s.solver for s in direct.solutions} == {"exact"}
+    assert {s.solver for s in steps.solutions} == {"cg"}
+    torch.testing.assert_close(direct.predict(X), steps.predict(X), rtol=0, atol=1e-6)
+
+
+def test_nearly_equal_features_are_solved_for() -> None:
+    """Four copies of one feature but for noise of a thousandth: CG alone does not get there in its steps."""
+    size = torch.rand(4000, 1, dtype=torch.float64)
+    X = torch.cat([size + 1e-3 * torch.randn(4000, 4, dtype=torch.float64), uniform(4000, 2)], 1)
+    gam = fit_gam(lambda x: x[:, :4].mean(1) ** 3 + x[:, 0] * x[:, 4], X, interactions=2, smoothing=1e-5)
+    assert all(float(s.residual.max()) < 1e-8 for s in gam.solutions)
+    assert gam.fidelity().r2 > 0.999
+
+
 def test_projector() -> None:
     w = torch.rand(5, 4, dtype=torch.float64)
     Q = projector(w, [(0,), (1,)])
@@ -371,6 +391,14 @@ def test_kl_and_agreement_by_hand() -> None:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
+def test_values_out_of_sight_do_not_set_the_shared_scale() -> None:
+    x = torch.rand(2000, 1, dtype=torch.float64)
+    x[:3] = 50.0
+    gam = fit_gam(lambda x: x[:, 0], torch.cat([x, uniform(2000, 1)], 1), smoothing=1e-6)
+    low, high = gam.plot().axes[0].get_ylim()
+    assert high - low < 2
+
+
 def test_plots() -> None:
     pytest.importorskip("matplotlib")
     X = uniform(2000)
@@ -452,5 +480,6 @@ def test_errors_of_a_student() -> None:
 
 def test_unsolved_equations_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xai_fast.distill._solve.STEPS", 1)
+    monkeypatch.setattr("xai_fast.distill._solve.DIRECT", 0)
     with pytest.warns(NotConverged, match="residual"):
         fit_gam(additive, uniform(500), interactions=2, smoothing=0.01)

@@ -102,6 +102,16 @@ class Design:
             block.scatter_add_(0, pairs.reshape(-1), weighted.reshape(-1))
         return block.reshape(size, size) * (w.sum() / v.sum())
 
+    def gram(self, w: Tensor) -> Tensor:
+        """B^T diag(w) B of all terms, (size, size)."""
+        G = torch.zeros(self.size**2, dtype=torch.float64, device=self._X.device)
+        for rows, index, share in self._chunks():
+            weighted = share * w[rows, None]
+            for part in _slices(len(index), max(1, self._length // index.shape[1])):
+                pairs = index[part, :, None] * self.size + index[part, None, :]
+                G.scatter_add_(0, pairs.reshape(-1), (weighted[part, :, None] * share[part, None, :]).reshape(-1))
+        return G.reshape(self.size, self.size)
+
     def split(self, V: Tensor) -> list[Tensor]:
         """V (M, size) as tables (bins..., M), one for each term."""
         shapes = [[g.size for g in t] for t in self.terms]

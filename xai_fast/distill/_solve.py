@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -25,6 +26,8 @@ RIDGE = 1e-7
 # Residuals of the normal equations: for the choice of the penalty, and of the result.
 ROUGH, FINE = 1e-4, 1e-8
 STEPS = 1000
+# Values of all tables up to which the equations are written out and factored: correlated features cost CG many steps.
+DIRECT = 4096
 # Rows from which preconditioners are made.
 PRECONDITIONER_ROWS = 40_000
 # The first penalty tried, the factor between tries, how many at most, and the gain for which one more is worth it.
@@ -78,6 +81,10 @@ class _NormalEquations(Problem):
                 known[key] = _inverse_root(Q @ (G + S) @ Q + rest / len(S))
             roots.append(known[key])
         return lambda vectors: by_block(vectors, roots)
+
+    def dense(self) -> Tensor:
+        added = [Q @ S @ Q + rest / len(S) for Q, S, rest in zip(self._stage.projectors, self._S, self._rest, strict=True)]
+        return self._stage.gram() + torch.block_diag(*added)
 
     def row_curvature(self) -> float:
         return float(len(self._stage.design.terms)) + max(float(S.diagonal().sum()) for S in self._S)
@@ -156,6 +163,7 @@ class Stage:
         if validation is not None:
             self._validation = Design(validation[0], terms), validation[1], validation[2]
         self._blocks: list[Tensor] | None = None
+        self._gram: Tensor | None = None
         # Of terms and levels of smoothing: the search comes back to them.
         self.roots: dict[tuple[int, float], Tensor] = {}
         sums = self.design.apply_transposed(torch.stack([w, *(Y * w)]))
@@ -174,6 +182,14 @@ class Stage:
             self._blocks = [self.design.gram_block(t, self.w, step) for t in range(len(self.design.terms))]
         return self._blocks
 
+    def gram(self) -> Tensor:
+        """Q B^T diag(w) B Q of all terms, kept while the stage is fitted."""
+        if self._gram is None:
+            half = by_block(self.design.gram(self.w), self.projectors).T
+            whole = by_block(half, self.projectors)
+            self._gram = (whole + whole.T) / 2
+        return self._gram
+
     def fit(self, smoothing: list[float], is_free: list[bool], start: Tensor | None = None) -> Fitted:
         """Solve. smoothing: for each order; where it is free, the one with the smallest error on the validation rows.
 
@@ -189,6 +205,7 @@ class Stage:
                     values, found = self._search(found, order, values)
         values, solution = self._solve(found, values, FINE)
         self.roots.clear()
+        self._gram = None
         return Fitted(values, found, solution, self._error(values))
 
     def _search(self, smoothing: list[float], order: int, values: Tensor) -> tuple[Tensor, list[float]]:
@@ -224,12 +241,19 @@ class Stage:
         share = r.norm(dim=1) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         worst = float(share.max())
         if worst <= tolerance:
-            return guess, Solution(guess, share, 0, True, "cg", passes=1.0, tolerance=tolerance)
-        inner = min(0.5, tolerance / worst)
-        found = solve_quietly(problem, r, solver="cg", tolerance=inner, max_steps=STEPS)
+            solver = "exact" if self.design.size <= DIRECT else "cg"
+            return guess, Solution(guess, share, 0, True, solver, passes=1.0, tolerance=tolerance)
+        found = self._correction(problem, r, min(0.5, tolerance / worst))
         x, residual = guess + by_block(found.x, self.projectors), found.residual * share
         is_done = bool((residual <= tolerance * (1 + 1e-9)).all())
-        return x, Solution(x, residual, found.steps, is_done, "cg", found.why, problem.passes, tolerance)
+        return x, Solution(x, residual, found.steps, is_done, found.solver, found.why, problem.passes, tolerance)
+
+    def _correction(self, problem: _NormalEquations, r: Tensor, tolerance: float) -> Solution:
+        if self.design.size <= DIRECT:
+            # Equations too near to singular for a factor are left to CG.
+            with contextlib.suppress(ValueError):
+                return solve_quietly(problem, r, solver="exact", tolerance=tolerance)
+        return solve_quietly(problem, r, solver="cg", tolerance=tolerance, max_steps=STEPS)
 
     def _error(self, values: Tensor) -> float:
         if self._validation is None:

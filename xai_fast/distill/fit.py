@@ -59,8 +59,9 @@ def fit_gam(
     .. math:: \min_h \frac{1}{\sum w} \sum_r w_r \left(y(x_r) - c - \sum_t h_t(x_r)\right)^2 + \sum_t \lambda_{|t|} P(h_t)
 
     with y the teacher's outputs, h_t a function of one, two or three features on a grid of quantiles, and P its squared
-    second differences along every axis divided by the number of its values. All outputs are solved for at once by block
-    conjugate gradients; lambda is chosen for each order on held-out rows.
+    second differences along every axis divided by the number of its values. All outputs are solved for at once, by a
+    Cholesky factor up to 4096 values of all tables and by block conjugate gradients beyond; lambda is chosen for each order
+    on held-out rows.
 
     Parameters
     ----------

@@ -109,7 +109,7 @@ def plot_terms(
     rows = -(-len(shown) // columns)
     figure = new_figure((panel[0] * columns, panel[1] * rows + (0.35 if title else 0)))
     axes = np.asarray(figure.subplots(rows, columns, squeeze=False)).ravel()
-    mains = [_tables(t, target) for t in shown if t.order == 1]
+    mains = [_seen(t, target) for t in shown if t.order == 1]
     low, high = (min(v.min() for v in mains), max(v.max() for v in mains)) if mains else (0.0, 1.0)
     room = 0.06 * (high - low) or 1.0
     for axis, term in zip(axes, shown, strict=False):
@@ -184,6 +184,16 @@ def _density(axis: Any, grid: Grid, weights: np.ndarray) -> None:
         zorder=0,
         transform=axis.get_xaxis_transform(),
     )
+
+
+def _seen(term: Term, target: int | None) -> np.ndarray:
+    """Values of a main effect in the range that is shown: those outside must not set the scale."""
+    grid, values = term.grids[0], _tables(term, target)
+    if grid.kind == "categories":
+        return values
+    low, high = _range(grid, _array(term.weights))
+    places = _array(grid.points)[: len(values)]
+    return values[(places >= low) & (places <= high)]
 
 
 def _zoom(axis: Any, grid: Grid, weights: np.ndarray) -> None:
