@@ -75,3 +75,8 @@ def test_grid_shows_both_ends() -> None:
 def test_grid_refuses(cosine: object, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         concept_grid(torch.zeros(2, 1, 4, 4), torch.as_tensor(cosine), k)
+
+
+def test_grid_shows_no_negative_zero() -> None:
+    figure = concept_grid(torch.rand(2, 3, 4, 4), torch.tensor([0.3, -0.001]), k=1)
+    assert [axis.get_xlabel() for axis in figure.axes] == ["0.30", "0.00"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-from xai_fast.concepts import TCAV, Concept, fit_cav, sensitivity, tcav
+from xai_fast.concepts import TCAV, Concept, activations, fit_cav, sensitivity, tcav
 from xai_fast.concepts._statistics import adjusted, incomplete_beta, student_two_sided, welch
 
 METHODS = ("ridge", "lda", "logistic", "mean_difference")
@@ -522,3 +522,63 @@ def test_corrections() -> None:
     torch.testing.assert_close(adjusted(p, "holm").flatten()[torch.from_numpy(order)], torch.from_numpy(holm))
     torch.testing.assert_close(adjusted(p, "bonferroni"), (30 * p).clamp_max(1))
     torch.testing.assert_close(adjusted(p, None), p)
+
+
+# ---- classes with examples of their own, other tests, what meaningless concepts get -------------------------------------
+
+
+def test_each_class_with_its_own_examples() -> None:
+    """As if each class were asked alone, but the sets run once."""
+    model, random_sets, concept = cnn(), sets(4, 6, 3, 8, 8), torch.randn(7, 3, 8, 8) + 0.3
+    examples = {2: torch.randn(5, 3, 8, 8), 0: torch.randn(9, 3, 8, 8)}
+    found = tcav(model, ["1", "3"], examples, [0, 2], {"a": concept}, random_sets, correction=None)
+    assert found.targets == (0, 2)
+    assert (found.gradient_passes, found.forward_passes) == (2, 2 + 5)
+    for target, x in examples.items():
+        alone = tcav(model, ["1", "3"], x, target, {"a": concept}, random_sets, correction=None)
+        for name in ("scores", "magnitudes", "null_scores", "p_values"):
+            torch.testing.assert_close(getattr(found.of(target), name), getattr(alone, name), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"inputs: expected a key for each class of target, \[0, 1\], got \[2, 0\]"):
+        tcav(model, "1", examples, [0, 1], {"a": concept}, random_sets)
+
+
+def test_another_test_without_the_model() -> None:
+    model, random_sets, x = cnn(), sets(5, 6, 3, 8, 8), torch.randn(9, 3, 8, 8)
+    concepts = {"a": torch.randn(7, 3, 8, 8) + 0.3, "b": torch.randn(7, 3, 8, 8)}
+    first = tcav(model, "1", x, 0, concepts, random_sets)
+    options: dict[str, Any] = {"correction": "holm", "alpha": 0.1}
+    other = tcav(model, "1", x, 0, concepts, random_sets, test="exchangeable", **options)
+    again = first.with_test("exchangeable", **options)
+    assert torch.equal(again.p_values, other.p_values)
+    assert torch.equal(again.adjusted, other.adjusted)
+    assert (again.test, again.correction, again.alpha) == ("exchangeable", "holm", 0.1)
+    with pytest.raises(ValueError, match="test: expected one of welch, exchangeable, got 'student'"):
+        first.with_test("student")
+
+
+@pytest.mark.parametrize("test", ["welch", "exchangeable"])
+def test_random_sets_as_concepts(test: str) -> None:
+    """As if each random set were handed in as a concept, with the others as random sets."""
+    model, random_sets, x = cnn(), sets(5, 6, 3, 8, 8), torch.randn(9, 3, 8, 8)
+    result = tcav(model, ["1", "3"], x, [0, 1], {"a": torch.randn(7, 3, 8, 8)}, random_sets)
+    assert result.random_scores.isnan().sum() == 2 * 2 * 5
+    torch.testing.assert_close(result.random_scores.nanmean(-1), result.null_scores, rtol=0, atol=1e-12)
+    found = result.random_p_values(test)
+    for place, concept in enumerate(random_sets):
+        others = random_sets[:place] + random_sets[place + 1 :]
+        alone = tcav(model, ["1", "3"], x, [0, 1], {"r": concept}, others, test=test, correction=None)
+        torch.testing.assert_close(found[..., place], alone.p_values[..., 0], rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="random_sets: expected at least 3"):
+        tcav(model, "1", x, 0, {"a": torch.randn(7, 3, 8, 8)}, random_sets[:2]).random_p_values(test)
+
+
+def test_activations_of_a_layer() -> None:
+    model, images = cnn(), torch.randn(7, 3, 8, 8)
+    outputs = outputs_of(model, "1", images)
+    torch.testing.assert_close(activations(model, "1", images, batch_size=3), outputs.mean((2, 3)))
+    torch.testing.assert_close(activations(model, model[1], Concept("a", images), pool="flatten"), outputs.flatten(1))
+    assert not activations(model, "1", list(images)).requires_grad
+    with pytest.raises(ValueError, match="layers: expected the name of a module of the model, got 'x'"):
+        activations(model, "x", images)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+        activations(3, "1", images)  # type: ignore[arg-type]

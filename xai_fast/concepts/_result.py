@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._statistics import adjusted, student_two_sided, welch
+from ..ops import _checks as check
+from ._statistics import CORRECTIONS, adjusted, student_two_sided, welch
 from .cav import CAV
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TCAV"]
+__all__ = ["TCAV", "check_test"]
+
+TESTS = ("welch", "exchangeable")
 
 Nested = dict[str, dict[str, Any]]
 
@@ -40,6 +43,9 @@ class TCAV:
         Mean S.
     null_scores : Tensor, shape (T, L, R)
         Of each random set, tested as a concept: the mean over all other random sets.
+    random_scores : Tensor, shape (T, L, R, R)
+        Behind them: share of inputs with S > 0 for the CAV of one random set (row) told from another (column); NaN for one
+        and the same.
     accuracies : Tensor, shape (L, C, R)
         Of the CAVs.
     p_values, adjusted : Tensor, shape (T, L, C)
@@ -72,6 +78,7 @@ class TCAV:
     magnitudes: Tensor
     sensitivities: Tensor
     null_scores: Tensor
+    random_scores: Tensor
     accuracies: Tensor
     p_values: Tensor
     adjusted: Tensor
@@ -99,10 +106,11 @@ class TCAV:
         count, repeats = len(concepts), len(random_sets)
         shares = torch.stack([part[0] for part in parts], 1)
         own = shares[:, :, : count * repeats].unflatten(2, (count, repeats))
-        null = _against_others(shares[:, :, count * repeats :], repeats)
+        matrix = _random_matrix(shares[:, :, count * repeats :], repeats)
+        null = matrix.nanmean(-1)
         accuracies = torch.stack([part[1][: count * repeats].view(count, repeats) for part in parts])
         scores = own[..., 0]
-        p = welch(scores, null[:, :, None])[2] if test == "welch" else _one_more(scores.mean(-1), null)
+        p = _p_values(scores, null, test)
         kinds = dict(zip(("scores", "negatives", "magnitudes", "sensitivities"), own.unbind(-1), strict=True))
         return cls(
             layers,
@@ -110,6 +118,7 @@ class TCAV:
             random_sets,
             targets,
             null_scores=null,
+            random_scores=matrix,
             accuracies=accuracies,
             p_values=p,
             adjusted=adjusted(p, correction),
@@ -125,8 +134,64 @@ class TCAV:
         if target not in self.targets:
             raise ValueError(f"target: expected one of {list(self.targets)}, got {target!r}")
         at = self.targets.index(target)
-        names = ("scores", "negatives", "magnitudes", "sensitivities", "null_scores", "p_values", "adjusted")
+        names = (
+            "scores",
+            "negatives",
+            "magnitudes",
+            "sensitivities",
+            "null_scores",
+            "random_scores",
+            "p_values",
+            "adjusted",
+        )
         return replace(self, targets=(target,), **{name: getattr(self, name)[at : at + 1] for name in names})
+
+    def with_test(self, test: str, *, correction: str | None = "bonferroni", alpha: float = 0.05) -> TCAV:
+        """The same scores by another test, correction or level, as :func:`tcav` takes them; the model is not run.
+
+        Examples
+        --------
+        >>> import xai_fast.concepts
+        >>> sets = [torch.rand(9, 4) for _ in range(5)]
+        >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 3))
+        >>> result = xai_fast.concepts.tcav(model, "0", torch.rand(6, 4), 0, {"a": torch.rand(9, 4)}, sets)
+        >>> result.with_test("exchangeable", correction=None).test
+        'exchangeable'
+        """
+        check_test(test, correction, alpha)
+        p = _p_values(self.scores, self.null_scores, test)
+        return replace(self, p_values=p, adjusted=adjusted(p, correction), test=test, correction=correction, alpha=alpha)
+
+    def random_p_values(self, test: str) -> Tensor:
+        """p-values (T, L, R) of the random sets, each tested in turn as a concept against the others, without correction.
+
+        They mean nothing, so a test that keeps its level calls a share of alpha of them significant: a look at how far a
+        test can be trusted on this model. The p-values of a layer are not independent of each other.
+
+        Raises
+        ------
+        ValueError
+            An unknown test; fewer than 3 random sets.
+
+        Examples
+        --------
+        >>> import xai_fast.concepts
+        >>> sets = [torch.rand(9, 4) for _ in range(5)]
+        >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 3))
+        >>> result = xai_fast.concepts.tcav(model, "0", torch.rand(6, 4), 0, {"a": torch.rand(9, 4)}, sets)
+        >>> result.random_p_values("exchangeable").shape
+        torch.Size([1, 1, 5])
+        """
+        check_test(test, None, self.alpha)
+        repeats = len(self.random_sets)
+        if repeats < 3:
+            raise ValueError(f"random_sets: expected at least 3, to test one against the others, got {repeats}")
+        found = []
+        for place in range(repeats):
+            others = [other for other in range(repeats) if other != place]
+            null = self.random_scores[:, :, others][..., others].nanmean(-1)
+            found.append(_p_values(self.random_scores[:, :, place, others].unsqueeze(2), null, test))
+        return torch.cat(found, -1)
 
     @property
     def score(self) -> Nested:
@@ -229,13 +294,28 @@ class TCAV:
         return {layer: dict(zip(self.concepts, row, strict=True)) for layer, row in zip(self.layers, rows, strict=True)}
 
 
-def _against_others(pairs: Tensor, repeats: int) -> Tensor:
-    """(T, L, R): the mean score of each random set against all others, from pairs (T, L, R (R-1) / 2, 4)."""
-    matrix = pairs.new_zeros(*pairs.shape[:2], repeats, repeats)
+def check_test(test: str, correction: str | None, alpha: float) -> None:
+    """ValueError for what is no test, correction or level."""
+    if test not in TESTS:
+        raise ValueError(f"test: expected one of {', '.join(TESTS)}, got {test!r}")
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction: expected one of {', '.join(map(str, CORRECTIONS))}, got {correction!r}")
+    if not 0 < check.check_number(alpha, "alpha") < 1:
+        raise ValueError(f"alpha: expected a level between 0 and 1, got {alpha!r}")
+
+
+def _random_matrix(pairs: Tensor, repeats: int) -> Tensor:
+    """(T, L, R, R): the score of each random set against each other, from pairs (T, L, R (R-1) / 2, 4)."""
+    matrix = pairs.new_full((*pairs.shape[:2], repeats, repeats), torch.nan)
     row, column = torch.triu_indices(repeats, repeats, 1, device=pairs.device)
     matrix[:, :, row, column] = pairs[..., 0]
     matrix[:, :, column, row] = pairs[..., 1]
-    return matrix.sum(-1) / (repeats - 1)
+    return matrix
+
+
+def _p_values(scores: Tensor, null: Tensor, test: str) -> Tensor:
+    """(T, L, C) from scores (T, L, C, R) and those of random sets (T, L, R)."""
+    return welch(scores, null[:, :, None])[2] if test == "welch" else _one_more(scores.mean(-1), null)
 
 
 def _one_more(mean: Tensor, null: Tensor) -> Tensor:

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from ..ops import _checks as check
 from ._activations import Pool, Probe, named_layers
 from ._pairs import Fits, Sets, draw_ranks, fit_pairs
-from ._result import TCAV
-from ._statistics import CORRECTIONS
+from ._result import TCAV, check_test
 from .cav import CAV, DEFAULT_HOLDOUT, check_fit_options
 from .concept import Concept
 
-__all__ = ["sensitivity", "tcav"]
-
-TESTS = ("welch", "exchangeable")
+__all__ = ["check_pool", "sensitivity", "tcav"]
 
 
 def sensitivity(gradients: Tensor, vectors: CAV | Tensor) -> Tensor:
@@ -92,8 +89,9 @@ def tcav(
     layers : str, nn.Module, or sequence of them
         Parts of the model, by name or as objects, each called once in a forward pass. Of several outputs the first
         floating tensor is taken.
-    inputs : Tensor or ndarray, shape (N, ...)
-        Examples of the class, on the model's device.
+    inputs : Tensor or ndarray, shape (N, ...), or mapping of class to them
+        Examples of the class, on the model's device. Of several classes, each with its own examples: a mapping with a key
+        for each class in `target`; all classes then share the passes over concepts and random sets.
     target : int or sequence of int
         One or several classes; None for a model with one output (N,).
     concepts : sequence of Concept, or mapping of str to images
@@ -172,12 +170,7 @@ def tcav(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if test not in TESTS:
-        raise ValueError(f"test: expected one of {', '.join(TESTS)}, got {test!r}")
-    if correction not in CORRECTIONS:
-        raise ValueError(f"correction: expected one of {', '.join(map(str, CORRECTIONS))}, got {correction!r}")
-    if not 0 < check.check_number(alpha, "alpha") < 1:
-        raise ValueError(f"alpha: expected a level between 0 and 1, got {alpha!r}")
+    check_test(test, correction, alpha)
     if batch_size is not None:
         check.check_count(batch_size, "batch_size")
     folds = check_fit_options(method, holdout, l2)
@@ -187,8 +180,14 @@ def tcav(
         raise ValueError(f"random_sets: expected at least 2, for a test against chance, got {len(random)}")
     targets = _targets(target)
     extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-    probe = Probe(model, named_layers(model, layers), _pool(pool), _inputs(inputs), batch_size, extra)
-    gradients = probe.gradients(targets)
+    parts, pooling = named_layers(model, layers), check_pool(pool)
+    probes: list[Probe] = []
+    gradients: list[dict[str, Tensor]] = []
+    for examples, classes in _examples(inputs, targets):
+        probes.append(Probe(model, parts, pooling, examples, batch_size, extra))
+        found = probes[-1].gradients(classes)
+        gradients += [{name: g[place] for name, g in found.items()} for place in range(len(classes))]
+    probe = probes[0]
     sets, places = _distinct([*named, *random])
     activations = probe.activations(sets)
     pairs = _pairs(places[: len(named)], places[len(named) :])
@@ -198,7 +197,7 @@ def tcav(
         data = Sets(activations.pop(name))
         labels = [f"concepts at {name!r}: {concept.name!r}" for concept in sets]
         fits = fit_pairs(data, pairs, labels, ranks, method=method, l2=l2, folds=folds, held_out=len(named) * len(random))
-        shares = torch.stack([_shares(fits.project(g)) for g in gradients.pop(name)])
+        shares = torch.stack([_shares(fits.project(one.pop(name))) for one in gradients])
         layer_parts.append((shares, fits.accuracy, _cavs(fits, named, random, method)))
     return TCAV.build(
         tuple(probe.layers),
@@ -209,8 +208,8 @@ def tcav(
         test=test,
         correction=correction,
         alpha=alpha,
-        gradient_passes=probe.gradient_passes,
-        forward_passes=probe.forward_passes,
+        gradient_passes=sum(one.gradient_passes for one in probes),
+        forward_passes=sum(one.forward_passes for one in probes),
     )
 
 
@@ -285,11 +284,21 @@ def _targets(target: Any) -> tuple[int | None, ...]:
     return found
 
 
-def _pool(pool: Any) -> Pool:
+def check_pool(pool: Any) -> Pool:
+    """The pooling itself, or ValueError for what is none."""
     token = isinstance(pool, tuple) and len(pool) == 2 and pool[0] == "token" and isinstance(pool[1], int)
     if token or pool in ("mean", "flatten") or callable(pool):
         return pool
     raise ValueError(f"pool: expected 'mean', 'flatten', ('token', i) or a callable, got {pool!r}")
+
+
+def _examples(inputs: Any, targets: tuple[int | None, ...]) -> list[tuple[Tensor, tuple[int | None, ...]]]:
+    """Inputs with their classes: all classes share them, or each has its own."""
+    if not isinstance(inputs, Mapping):
+        return [(_inputs(inputs), targets)]
+    if set(inputs) != set(targets):
+        raise ValueError(f"inputs: expected a key for each class of target, {list(targets)}, got {list(inputs)}")
+    return [(_inputs(inputs[target]), (target,)) for target in targets]
 
 
 def _inputs(inputs: Any) -> Tensor:

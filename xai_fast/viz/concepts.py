@@ -133,7 +133,7 @@ def concept_grid(
         for axis, place in zip(row, chosen, strict=True):
             axis.imshow(to_rgb(images[place]))
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(f"{values[place]:.2f}", fontsize=SMALL, color=MUTED)
+            axis.set_xlabel(f"{float(values[place]):z.2f}", fontsize=SMALL, color=MUTED)
             axis.spines[:].set_color(FAINT)
         row[0].set_ylabel(title, fontsize=NORMAL, color=INK)
     return drawing
