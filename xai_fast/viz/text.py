@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["color_legend", "colored_text", "readable_tokens"]
+__all__ = ["color_legend", "colored_text", "readable_tokens", "text_color"]
 
 # Ends of the scale; white is zero. Dark ink on them keeps a contrast of at least 4.5 to 1 (WCAG AA).
 FOR, AGAINST, MORE = (236, 112, 99), (101, 158, 230), (245, 166, 60)
@@ -91,6 +91,27 @@ def color_legend(limit: float, *, signed: bool = True) -> str:
     return f'<span class="color-legend" style="white-space:nowrap;font-size:.78rem;color:#5a6675">{low}{bar}{high}</span>'
 
 
+def text_color(weight: float, limit: float, *, signed: bool = True) -> tuple[int, int, int]:
+    """Ground that `colored_text` gives to a weight, for text that is drawn elsewhere: red, green and blue from 0 to 255.
+
+    Parameters
+    ----------
+    weight : float
+    limit : float
+        Weight of the full colour.
+    signed : bool
+
+    Examples
+    --------
+    >>> text_color(0.0, 1.0), text_color(-2.0, 1.0)
+    ((255, 255, 255), (101, 158, 230))
+    """
+    share = 0.0 if limit == 0 else max(-1.0, min(1.0, weight / limit))
+    end = MORE if not signed else FOR if share > 0 else AGAINST
+    red, green, blue = (round(255 + (channel - 255) * abs(share)) for channel in end)
+    return red, green, blue
+
+
 def readable_tokens(tokens: Sequence[str]) -> list[str]:
     """Tokens of a tokenizer as pieces of a text that can be read when joined.
 
@@ -118,9 +139,7 @@ def readable_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def _span(token: str, value: float, signed: bool, limit: float) -> str:
-    share = 0.0 if limit == 0 else max(-1.0, min(1.0, value / limit))
-    end = MORE if not signed else FOR if share > 0 else AGAINST
-    color = tuple(round(255 + (channel - 255) * abs(share)) for channel in end)
+    color = text_color(value, limit, signed=signed)
     shown = f"{value:+.3g}" if signed and value else f"{value:.3g}"
     title = html.escape(f"{token.strip()}: {shown}")
     # A space before a word stays outside: coloured, it would hang over the end of a line.
