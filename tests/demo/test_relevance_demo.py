@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from xai_fast.demo import influence_demo, main, measures_demo, relevance_demo, relevance_page, text_maps, two_objects, wheels
+from xai_fast.demo import main, relevance_demo, relevance_page, text_maps, two_objects, wheels
+from xai_fast.demo.command import PAGES
 from xai_fast.demo.intents import load_intents
 from xai_fast.demo.tiny_llama import load_tiny_llama
 from xai_fast.demo.two_objects import ATTNLRP, CLASSES, GRADIENT, ROLLOUT, TARGETED_LRP
@@ -51,14 +52,13 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         return build(two, *rest)
 
     monkeypatch.setattr(relevance_demo, "build_relevance_page", spy)
-    third: list[Any] = []
+    linked: dict[str, Any] = {}
 
-    def write_influence_page(options: Any, device: Any, links: Any) -> Path:
-        third.append(links)
-        return Path("influence.html")
+    def stand_in(name: str) -> Any:
+        return lambda options, device, links: linked.update({name: links}) or Path(f"{name}.html")
 
-    monkeypatch.setattr(influence_demo, "write_influence_page", write_influence_page)
-    monkeypatch.setattr(measures_demo, "write_measures_page", lambda *_: Path("measures.html"))
+    for name in set(PAGES) - {"rollout", "relevance"}:
+        monkeypatch.setitem(PAGES, name, (PAGES[name][0], stand_in(name)))
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "two.png"
     assert main(["--smallest", "--out", str(out), "--relevance-picture", str(picture)]) == 0
 
@@ -77,9 +77,10 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert len(IMAGE.findall(html)) == 10  # for each class the picture and four maps
     assert 'href="index.html"' in html
     assert 'href="relevance.html"' in other
-    assert all('href="influence.html"' in page for page in (html, other))
-    first = [("Attention rollout", "index.html"), ("Targeted relevance and LRP", "relevance.html")]
-    assert third == [[*first, ("Measures of explanations", "measures.html")]]
+    assert "influence" in linked
+    assert all(f'href="{name}.html"' in page for name in linked for page in (html, other))
+    files = {name: (title, "index.html" if name == "rollout" else f"{name}.html") for name, (title, _) in PAGES.items()}
+    assert linked["influence"] == [file for name, file in files.items() if name != "influence"]
     assert f"{shares[0][GRADIENT]:.1%}" in html
     assert "restaurant reservation (24%)" in html
     assert "“Queen” (18%)" in html

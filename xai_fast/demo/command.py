@@ -9,7 +9,16 @@ from pathlib import Path
 
 import torch
 
-from . import influence_demo, measures_demo, relevance_demo, rollout_demo
+from . import (
+    artifacts_demo,
+    concepts_demo,
+    distillation_demo,
+    influence_demo,
+    measures_demo,
+    recurrent_demo,
+    relevance_demo,
+    rollout_demo,
+)
 from .photos import DEFAULT, PHOTOS
 from .wheels import WeightsUnavailable
 
@@ -47,6 +56,10 @@ PAGES: dict[str, tuple[str, Callable[[argparse.Namespace, torch.device, list[tup
     "relevance": ("Targeted relevance and LRP", lambda *arguments: relevance_demo.write_relevance_page(*arguments)),
     "influence": ("Influence functions", lambda *arguments: influence_demo.write_influence_page(*arguments)),
     "measures": ("Measures of explanations", lambda *arguments: measures_demo.write_measures_page(*arguments)),
+    "recurrent": ("Attention in recurrent networks", lambda *arguments: recurrent_demo.write_recurrent_page(*arguments)),
+    "concepts": ("Concepts: TCAV", lambda *arguments: concepts_demo.write_concepts_page(*arguments)),
+    "distillation": ("Distillation", lambda *arguments: distillation_demo.write_distillation_page(*arguments)),
+    "artifacts": ("Artifacts and registers", lambda *arguments: artifacts_demo.write_artifacts_page(*arguments)),
 }
 # Option that saves a picture, and the page that it is taken from.
 PICTURES = {
@@ -54,6 +67,10 @@ PICTURES = {
     "relevance_picture": "relevance",
     "influence_picture": "influence",
     "measures_picture": "measures",
+    "recurrent_picture": "recurrent",
+    "distillation_picture": "distillation",
+    "concepts_picture": "concepts",
+    "artifacts_picture": "artifacts",
 }
 
 
@@ -85,7 +102,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m xai_fast demo",
         description="Four HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and "
         "LRP of photos, sentences and a prompt; influence functions: the training pictures and mails behind a prediction; "
-        "measures of explanations of photos and sentences.",
+        "measures of explanations of photos and sentences; attention in recurrent networks that read reviews and dates; "
+        "concepts behind the classes of an image classifier; distillation of black boxes into sums of shape functions; "
+        "artifacts of vision transformers, and registers.",
     )
     add = parser.add_argument
     add("--pages", choices=(*PAGES, "all"), default="all", help="which pages (default: %(default)s)")
@@ -98,6 +117,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--relevance-picture", help="also save the two objects of the relevance page as one picture")
     add("--influence-picture", help="also save the main figures of the influence page as one picture")
     add("--measures-picture", help="also save the photos of the measures page, their maps and curves, as one picture")
+    add("--recurrent-picture", help="also save sentences and a date of the recurrent page, coloured, as one picture")
+    add("--artifacts-picture", help="also save rollouts, norms and the control of the artifacts page as one picture")
+    add("--concepts-picture", help="also save examples of the concepts and their scores as one picture")
+    add("--distillation-picture", help="also save the main figures of the distillation page as one picture")
     add(
         "--model",
         choices=("auto", "dinov2", "digits"),

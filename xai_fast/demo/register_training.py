@@ -6,7 +6,7 @@ comparison says what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -223,6 +223,9 @@ def compare_registers(
     pictures: int = 6_000,
     tested: int = 2_000,
     epochs: int = 2,
+    batch: int = 32,
+    lr: float = 2e-3,
+    model: Mapping[str, int] | None = None,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> list[Trained]:
@@ -235,7 +238,10 @@ def compare_registers(
     registers : sequence of int
     pictures, tested : int
         How many are used to train and to test, the first ones.
-    epochs : int
+    epochs, batch, lr
+        See `train`.
+    model : mapping, optional
+        Options of `RegisterViT`.
     seed : int
         Of weights and order; the global random state is left as it was.
     progress : callable
@@ -263,9 +269,9 @@ def compare_registers(
     for count in registers:
         with torch.random.fork_rng(devices=[]), one_thread():
             torch.manual_seed(seed)
-            model = RegisterViT(count)
+            vit = RegisterViT(count, **(model or {}))
             # The number of registers changes how many random numbers the weights take.
             torch.manual_seed(seed + 1)
-            train(model, pixels, labels, epochs=epochs, progress=progress)
-        found.append(evaluate(model, test_pixels, test_labels))
+            train(vit, pixels, labels, epochs=epochs, batch=batch, lr=lr, progress=progress)
+        found.append(evaluate(vit, test_pixels, test_labels))
     return found
