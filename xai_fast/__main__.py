@@ -7,7 +7,7 @@ import sys
 USAGE = """usage: python -m xai_fast <command>
 
 commands:
-  demo   attention rollout, targeted relevance and LRP of real models, as two HTML pages (demo --help)
+  demo   explanations of real models and what judges them, as HTML pages (demo --help)
   info   version, torch, CPU capability, CUDA kernels, and why the compiled module is missing if it is
 """
 

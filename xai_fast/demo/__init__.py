@@ -1,4 +1,4 @@
-"""``python -m xai_fast demo``: attention rollout, targeted relevance and LRP, influence functions, as HTML pages."""
+"""``python -m xai_fast demo``: explanations of real models, and what judges them, as HTML pages."""
 
 from .command import main
 

@@ -100,7 +100,7 @@ def _check(options: argparse.Namespace) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m xai_fast demo",
-        description="Four HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and "
+        description="HTML pages: attention rollout of photos by a DINOv2 vision transformer; targeted relevance and "
         "LRP of photos, sentences and a prompt; influence functions: the training pictures and mails behind a prediction; "
         "measures of explanations of photos and sentences; attention in recurrent networks that read reviews and dates; "
         "concepts behind the classes of an image classifier; distillation of black boxes into sums of shape functions; "
