@@ -21,8 +21,8 @@ from benchmarks.harness import Table, alternate
 from benchmarks.peers import relevance_chains as chains
 from benchmarks.peers.fast_vit_rollout import PEERS
 from xai_fast.attention.record import AttentionRecord
-from xai_fast.demo.dinov2 import WeightsUnavailable, load_dinov2
 from xai_fast.demo.measure import peak_memory
+from xai_fast.demo.models.dinov2 import WeightsUnavailable, load_dinov2
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Peers = dict[str, Callable[[], Any]]

@@ -20,8 +20,8 @@ from benchmarks.peers.eager_chain import eager_rollout
 from benchmarks.peers.fast_vit_rollout import fast_vit_rollout
 from benchmarks.peers.flex_rows import flex_rows
 from benchmarks.peers.row_chain import row_chain
-from xai_fast.demo.dinov2 import WeightsUnavailable, load_dinov2
 from xai_fast.demo.measure import peak_memory
+from xai_fast.demo.models.dinov2 import WeightsUnavailable, load_dinov2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GIVEN = [(12, 8, 12, 197), (24, 1, 16, 577), (12, 1, 12, 1024)]

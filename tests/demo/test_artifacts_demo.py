@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from xai_fast.attention.artifacts import RegisterNeuron, outlier_layers
-from xai_fast.demo import artifacts_demo, artifacts_findings, artifacts_page, cutouts, dino_artifacts, main, wheels
-from xai_fast.demo.artifact_pictures import crops_of_photos, patch_pixels
-from xai_fast.demo.artifacts_study import (
+from xai_fast.demo import cutouts, main, wheels
+from xai_fast.demo.artifacts import demo as artifacts_demo
+from xai_fast.demo.artifacts import dinov2 as dino_artifacts
+from xai_fast.demo.artifacts import findings as artifacts_findings
+from xai_fast.demo.artifacts import page as artifacts_page
+from xai_fast.demo.artifacts.pictures import crops_of_photos, patch_pixels
+from xai_fast.demo.artifacts.register_training import Trained, compare_registers
+from xai_fast.demo.artifacts.study import (
     DROPPED,
     HIGH,
     MAD,
@@ -32,7 +37,6 @@ from xai_fast.demo.artifacts_study import (
     Real,
 )
 from xai_fast.demo.datasets import FashionMNIST
-from xai_fast.demo.register_training import Trained, compare_registers
 from xai_fast.viz import Report
 
 for package in ("transformers", "skimage", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):

@@ -16,19 +16,14 @@ import torch
 from torch import nn
 
 from xai_fast.concepts import TCAV, tcav
-from xai_fast.demo import (
-    concept_pictures,
-    concepts_demo,
-    concepts_findings,
-    cutouts,
-    efficientnet,
-    fetch,
-    found_pictures,
-    main,
-    tested_concepts,
-    wheels,
-)
-from xai_fast.demo.tested_concepts import SORTED_AT, STRIPED, Collection, Effort, Studied
+from xai_fast.demo import cutouts, fetch, main, wheels
+from xai_fast.demo.concepts import demo as concepts_demo
+from xai_fast.demo.concepts import drawn_pictures as concept_pictures
+from xai_fast.demo.concepts import findings as concepts_findings
+from xai_fast.demo.concepts import found_pictures
+from xai_fast.demo.concepts import tested as tested_concepts
+from xai_fast.demo.concepts.tested import SORTED_AT, STRIPED, Collection, Effort, Studied
+from xai_fast.demo.models import efficientnet
 from xai_fast.viz import Report
 
 for package in ("skimage", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xai_fast.demo.digits import DigitsViT, accuracy, load_digits, train_digits_vit
+from xai_fast.demo.models.digits import DigitsViT, accuracy, load_digits, train_digits_vit
 
 pytest.importorskip("sklearn")
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from xai_fast.demo import dinov2, wheels
+from xai_fast.demo import wheels
+from xai_fast.demo.models import dinov2
 
 transformers = pytest.importorskip("transformers")
 onnx = pytest.importorskip("onnx")

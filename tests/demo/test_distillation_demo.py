@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from xai_fast.demo import diamonds, distillation_demo, distillation_issues_page, distillation_page, distilled, main
-from xai_fast.demo.diamonds import FEATURES, LEVELS, Diamonds
-from xai_fast.demo.distilled import CUT, NETWORK, TREES, Effort
-from xai_fast.demo.distilled_issues import EXCHANGES, SIZE, middle
+from xai_fast.demo import main
+from xai_fast.demo.distillation import demo as distillation_demo
+from xai_fast.demo.distillation import diamonds
+from xai_fast.demo.distillation import issues_page as distillation_issues_page
+from xai_fast.demo.distillation import page as distillation_page
+from xai_fast.demo.distillation import students as distilled
+from xai_fast.demo.distillation.diamonds import FEATURES, LEVELS, Diamonds
+from xai_fast.demo.distillation.issues import EXCHANGES, SIZE, middle
+from xai_fast.demo.distillation.students import CUT, NETWORK, TREES, Effort
 from xai_fast.demo.wheels import WeightsUnavailable
 from xai_fast.viz import Report
 

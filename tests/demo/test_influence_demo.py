@@ -17,8 +17,11 @@ import pytest
 import torch
 
 from xai_fast import influence
-from xai_fast.demo import datasets, fetch, influence_demo, influence_page, main, mislabelled, newton, spam, two_models
+from xai_fast.demo import datasets, fetch, main
 from xai_fast.demo.datasets import DataUnavailable, FashionMNIST, Mail
+from xai_fast.demo.influence import demo as influence_demo
+from xai_fast.demo.influence import mislabelled, newton, spam, two_models
+from xai_fast.demo.influence import page as influence_page
 from xai_fast.demo.wheels import WeightsUnavailable
 
 for package in ("transformers", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):

@@ -11,9 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from xai_fast.demo import main, measured_photos, measured_texts, measures_demo, measures_page, measuring, wheels
-from xai_fast.demo.intents import load_intents
-from xai_fast.demo.measuring import ATTNLRP, DELETION, GRADIENT, METHODS, RANDOM, Effort, Judged
+from xai_fast.demo import main, wheels
+from xai_fast.demo.measures import demo as measures_demo
+from xai_fast.demo.measures import measuring
+from xai_fast.demo.measures import page as measures_page
+from xai_fast.demo.measures import photos as measured_photos
+from xai_fast.demo.measures import texts as measured_texts
+from xai_fast.demo.measures.measuring import ATTNLRP, DELETION, GRADIENT, METHODS, RANDOM, Effort, Judged
+from xai_fast.demo.models.intents import load_intents
 from xai_fast.viz import Report
 
 for package in ("transformers", "skimage", "sklearn", "joblib", "matplotlib", "jinja2", "tqdm", "rich"):

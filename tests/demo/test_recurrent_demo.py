@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from xai_fast.demo import main, recurrent_demo
-from xai_fast.demo import recurrent_findings as findings
-from xai_fast.demo.additive_costs import AT_ONCE_TRAINING, TILED_TRAINING, AdditiveCosts, cost_additive
+from xai_fast.demo import main
 from xai_fast.demo.fetch import DataUnavailable
 from xai_fast.demo.measure import Measured
-from xai_fast.demo.recurrent_page import JudgedReviews, build_recurrent_page
-from xai_fast.demo.review_checks import (
+from xai_fast.demo.recurrent import demo as recurrent_demo
+from xai_fast.demo.recurrent import findings
+from xai_fast.demo.recurrent.additive_costs import AT_ONCE_TRAINING, TILED_TRAINING, AdditiveCosts, cost_additive
+from xai_fast.demo.recurrent.page import JudgedReviews, build_recurrent_page
+from xai_fast.demo.recurrent.review_checks import (
     METHODS,
     PLAIN,
     RANDOM,
@@ -34,8 +35,8 @@ from xai_fast.demo.review_checks import (
     paired_difference,
     weights_of,
 )
-from xai_fast.demo.reviews import Negation, Review, Reviews, Sentence, load_reviews
-from xai_fast.demo.spelled_dates import Dates, Share, explain_dates
+from xai_fast.demo.recurrent.reviews import Negation, Review, Reviews, Sentence, load_reviews
+from xai_fast.demo.recurrent.spelled_dates import Dates, Share, explain_dates
 from xai_fast.demo.wheels import WeightsUnavailable
 from xai_fast.viz import Report
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xai_fast.attention.artifacts import test_time_registers as added_registers
+from xai_fast.demo.artifacts.register_training import RegisterViT, compare_registers, evaluate, fashion_tensors, train
 from xai_fast.demo.datasets import FashionMNIST
-from xai_fast.demo.register_training import RegisterViT, compare_registers, evaluate, fashion_tensors, train
 
 
 def _pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:

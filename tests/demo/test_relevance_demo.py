@@ -10,11 +10,14 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from xai_fast.demo import main, relevance_demo, relevance_page, text_maps, two_objects, wheels
+from xai_fast.demo import main, wheels
 from xai_fast.demo.command import PAGES
-from xai_fast.demo.intents import load_intents
-from xai_fast.demo.tiny_llama import load_tiny_llama
-from xai_fast.demo.two_objects import ATTNLRP, CLASSES, GRADIENT, ROLLOUT, TARGETED_LRP
+from xai_fast.demo.models.intents import load_intents
+from xai_fast.demo.models.tiny_llama import load_tiny_llama
+from xai_fast.demo.relevance import demo as relevance_demo
+from xai_fast.demo.relevance import page as relevance_page
+from xai_fast.demo.relevance import text_maps, two_objects
+from xai_fast.demo.relevance.two_objects import ATTNLRP, CLASSES, GRADIENT, ROLLOUT, TARGETED_LRP
 from xai_fast.viz import readable_tokens
 
 for package in ("transformers", "skimage", "sklearn", "joblib", "matplotlib", "jinja2", "tqdm", "rich"):
@@ -187,7 +190,7 @@ def test_text_maps_of_a_sentence() -> None:
 
 
 def test_another_pickle_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xai_fast.demo import intents
+    from xai_fast.demo.models import intents
 
     _needs(load_intents)
     monkeypatch.setattr(intents, "REGRESSION_SHA256", "0" * 64)

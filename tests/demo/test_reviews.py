@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xai_fast.demo import reviews
-from xai_fast.demo.reviews import EXAMPLES, Review, explain_reviews, load_lexicon, load_reviews, tokenize
+from xai_fast.demo.recurrent import reviews
+from xai_fast.demo.recurrent.reviews import EXAMPLES, Review, explain_reviews, load_lexicon, load_reviews, tokenize
 from xai_fast.demo.wheels import WeightsUnavailable
 
 PRAISE, BLAME = ("good", "great", "lovely"), ("bad", "awful", "dull")

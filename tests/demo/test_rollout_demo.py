@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from xai_fast.demo import dinov2, main, rollout_demo
-from xai_fast.demo.maps import DISCARDED, MAX, RAW, ROLLOUT, explain
+from xai_fast.demo import main
+from xai_fast.demo.models import dinov2
 from xai_fast.demo.photos import PHOTOS, load_photo
+from xai_fast.demo.rollout import demo as rollout_demo
+from xai_fast.demo.rollout.maps import DISCARDED, MAX, RAW, ROLLOUT, explain
 
 for package in ("transformers", "skimage", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):
     pytest.importorskip(package)

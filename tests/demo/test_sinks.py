@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import xai_fast
-from xai_fast.demo.sinks import find_sink, outlier_scores
+from xai_fast.demo.rollout.sinks import find_sink, outlier_scores
 
 SINK = 37  # patch of an 8 x 8 grid, row 4, column 5
 

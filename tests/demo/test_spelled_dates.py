@@ -7,9 +7,9 @@ import datetime
 import pytest
 import torch
 
-from xai_fast.demo import spelled_dates
-from xai_fast.demo.recurrent_figures import alignment_figures
-from xai_fast.demo.spelled_dates import FIELDS, SPELLINGS, explain_dates, spell_dates
+from xai_fast.demo.recurrent import spelled_dates
+from xai_fast.demo.recurrent.figures import alignment_figures
+from xai_fast.demo.recurrent.spelled_dates import FIELDS, SPELLINGS, explain_dates, spell_dates
 
 pytest.importorskip("matplotlib")
 

@@ -14,7 +14,7 @@ def load_dinov2(attn_implementation: str = "sdpa") -> Dinov2Model:
     """Dinov2Model in evaluation mode; skips the test if a package or the weights are missing."""
     pytest.importorskip("transformers")
     pytest.importorskip("onnx")
-    from xai_fast.demo import dinov2
+    from xai_fast.demo.models import dinov2
 
     try:
         return dinov2.load_dinov2(attn_implementation)

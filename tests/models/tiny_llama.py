@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xai_fast.demo import tiny_llama
-from xai_fast.demo.dinov2 import WeightsUnavailable
+from xai_fast.demo.models import tiny_llama
+from xai_fast.demo.models.dinov2 import WeightsUnavailable
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

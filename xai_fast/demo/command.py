@@ -9,17 +9,15 @@ from pathlib import Path
 
 import torch
 
-from . import (
-    artifacts_demo,
-    concepts_demo,
-    distillation_demo,
-    influence_demo,
-    measures_demo,
-    recurrent_demo,
-    relevance_demo,
-    rollout_demo,
-)
+from .artifacts import demo as artifacts_demo
+from .concepts import demo as concepts_demo
+from .distillation import demo as distillation_demo
+from .influence import demo as influence_demo
+from .measures import demo as measures_demo
 from .photos import DEFAULT, PHOTOS
+from .recurrent import demo as recurrent_demo
+from .relevance import demo as relevance_demo
+from .rollout import demo as rollout_demo
 from .wheels import WeightsUnavailable
 
 __all__ = ["main"]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .dinov2 import cache_dir
+from .models.dinov2 import cache_dir
 from .wheels import WeightsUnavailable, sha256
 
 __all__ = [

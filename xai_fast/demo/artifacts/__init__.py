@@ -1,0 +1,1 @@
+"""Page of artifacts of vision transformers, and registers."""

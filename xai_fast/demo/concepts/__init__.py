@@ -1,0 +1,1 @@
+"""Page of concepts: TCAV on EfficientNet-Lite0."""

@@ -1,0 +1,1 @@
+"""Page of distillation: black boxes as shape functions."""

@@ -1,0 +1,1 @@
+"""Page of the measures that judge explanations."""
