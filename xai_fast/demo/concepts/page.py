@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xai_fast import show_config
 from xai_fast.concepts import TCAV
 from xai_fast.concepts._linear import DEFAULT_L2
 from xai_fast.viz import Report
 
 from ..models.efficientnet import CLASS_NAMES
+from ..pages import add_text, add_versions, new_page
 from .figures import NEAREST, RANDOM, block_name, grid_figure, rows_figure, scores_figure
 from .findings import (
     blocks_named,
@@ -73,22 +73,18 @@ def build_concepts_page(tested: Studied | str, links: Sequence[tuple[str, str]])
     >>> build_concepts_page("no weights", []).html().count("Left out: no weights.")
     1
     """
-    report = Report(
-        title="Concepts: TCAV",
-        lead="Do stripes make a zebra? What a network's classes owe to things that have a name, and what is chance.",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Concepts: TCAV",
+        "Do stripes make a zebra? What a network's classes owe to things that have a name, and what is chance.",
+        links,
     )
-    report.section("The question")
-    for paragraph in QUESTION:
-        report.paragraph(paragraph)
+    add_text(report, "The question", QUESTION)
     if isinstance(tested, str):
         report.note(f"Left out: {tested}.")
     else:
         for add in (_add_pictures, _add_cavs, _add_scores, _add_tests, _add_variants, _add_sorted, _add_how):
             add(report, tested)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_versions(report)
     return report
 
 

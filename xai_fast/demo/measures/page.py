@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-from xai_fast import show_config
 from xai_fast._optional import optional_import
 from xai_fast.viz import Report
 
+from ..pages import add_part, add_text, add_versions, new_page
 from ..relevance.two_objects import CLASSES, PATCH
 from .figures import curves_figure, drawn, fidelity_figure, scene_curve_figure
 from .measuring import DELETION, INSERTION, RANDOM, Judged, ahead, leads
@@ -17,8 +17,6 @@ from .photos import SIDE, JudgedPhotos
 from .texts import JudgedTexts
 
 __all__ = ["Strong", "agreement", "build_measures_page", "shown_scenes"]
-
-T = TypeVar("T")
 
 # Scenes that are shown.
 SHOWN = 3
@@ -170,19 +168,16 @@ def build_measures_page(photos: JudgedPhotos | str, texts: JudgedTexts | str, li
     >>> build_measures_page("no weights", "no weights", []).html().count("Left out: no weights.")
     2
     """
-    report = Report(
-        title="Measures of explanations",
-        lead="Five methods explain the same predictions. Which of them says what the model does, and who can tell?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Measures of explanations",
+        "Five methods explain the same predictions. Which of them says what the model does, and who can tell?",
+        links,
     )
-    report.section("The question")
-    for paragraph in QUESTION:
-        report.paragraph(paragraph)
+    add_text(report, "The question", QUESTION)
     report.section("Photos")
-    _add(report, photos, _add_photos)
+    add_part(report, photos, _add_photos)
     report.section("Sentences")
-    _add(report, texts, _add_texts)
+    add_part(report, texts, _add_texts)
     report.section("How to read this")
     for name, asks, source in MEANING:
         report.paragraph(f"{name}: {asks} ({source}.)")
@@ -191,16 +186,8 @@ def build_measures_page(photos: JudgedPhotos | str, texts: JudgedTexts | str, li
     for name, part in (("Photos", photos), ("Sentences", texts)):
         if not isinstance(part, str):
             _add_agreement(report, name, part.judged)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_versions(report)
     return report
-
-
-def _add(report: Report, part: T | str, add: Callable[[Report, T], None]) -> None:
-    if isinstance(part, str):
-        report.note(f"Left out: {part}.")
-    else:
-        add(report, part)
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from xai_fast import show_config
 from xai_fast.viz import Report, readable_tokens
 
+from ..pages import add_part, add_text, add_versions, new_page
 from ..rollout.page import HOW_MEASURED, show_size, show_time
 from .additive_costs import AdditiveCosts
 from .figures import alignment_figures
@@ -103,30 +103,19 @@ def build_recurrent_page(
     links : sequence of (str, str)
         See `Report`.
     """
-    report = Report(
-        title="Attention in recurrent networks",
-        lead="Which words speak for a verdict, and which against it? Which part of a date makes each digit? And is it so?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Attention in recurrent networks",
+        "Which words speak for a verdict, and which against it? Which part of a date makes each digit? And is it so?",
+        links,
     )
-    _section(report, "What it is", WHAT_IT_IS)
+    add_text(report, "What it is", WHAT_IT_IS)
     report.section("Reviews of films")
-    if isinstance(judged, str):
-        report.note(f"Left out: {judged}.")
-    else:
-        _add_reviews(report, judged)
+    add_part(report, judged, _add_reviews)
     _add_dates(report, dates)
     _add_costs(report, costs)
-    _section(report, "How to read this", READING)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_text(report, "How to read this", READING)
+    add_versions(report)
     return report
-
-
-def _section(report: Report, title: str, paragraphs: Sequence[str]) -> None:
-    report.section(title)
-    for paragraph in paragraphs:
-        report.paragraph(paragraph)
 
 
 # ---- reviews --------------------------------------------------------------------------------------------------------------
@@ -144,7 +133,7 @@ def _add_reviews(report: Report, judged: JudgedReviews) -> None:
     )
     _add_accuracies(report, judged)
     report.paragraph(accuracy_finding(reviews, judged.bag))
-    _section(report, "Sentences made up for this page", (COLOURS,))
+    add_text(report, "Sentences made up for this page", (COLOURS,))
     _add_sentences(report, reviews.examples, "meant")
     for sentence in reviews.examples:
         report.paragraph(example_finding(sentence))
@@ -155,11 +144,11 @@ def _add_reviews(report: Report, judged: JudgedReviews) -> None:
     )
     for title, sentences in (("Right", reviews.right), ("Wrong", reviews.wrong)):
         _add_sentences(report, sentences, "people", title)
-    _section(report, "Does it understand “not”?", negation_findings(reviews.negations))
+    add_text(report, "Does it understand “not”?", negation_findings(reviews.negations))
     _add_negations(report, reviews.negations)
-    _section(report, "Does attention say what leaving a word out does?", agreement_findings(judged.agreements))
+    add_text(report, "Does attention say what leaving a word out does?", agreement_findings(judged.agreements))
     _add_agreements(report, judged.agreements)
-    _section(report, "Does attention name the words that people rated?", named_findings(judged.named))
+    add_text(report, "Does attention name the words that people rated?", named_findings(judged.named))
     _add_named(report, judged.named)
 
 

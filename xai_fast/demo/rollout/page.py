@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xai_fast import show_config
 from xai_fast.viz import Report, overlay, plot_heatmaps
 
 from ..measure import Measured
+from ..pages import add_text, add_versions, new_page
 from .costs import EAGER, EAGER_WHOLE, Costs
 from .maps import ASIDE, DISCARDED, MAX, ROLLOUT, Explained
 from .setups import Setup
@@ -79,11 +79,10 @@ def build_page(
     links : sequence of (str, str)
         See `Report`.
     """
-    report = Report(
-        title=f"Attention rollout of {setup.title}",
-        lead="How much does each patch of the picture reach the token that sums it up, through all blocks?",
-        footer="Made by python -m xai_fast demo.",
-        links=links,
+    report = new_page(
+        f"Attention rollout of {setup.title}",
+        "How much does each patch of the picture reach the token that sums it up, through all blocks?",
+        links,
     )
     report.section("What you see")
     if setup.warning:
@@ -94,12 +93,9 @@ def build_page(
         report.section(item.subject.name.capitalize()).paragraph(item.note)
         # With a sink there are eight pictures, two rows of four; without it five, one row.
         report.figures(_figures(item), cell=200 if item.sink is None else 260, format="jpeg")
-    report.section("What a sink is")
-    for paragraph in WHAT_A_SINK_IS:
-        report.paragraph(paragraph)
+    add_text(report, "What a sink is", WHAT_A_SINK_IS)
     _add_costs(report, alone, whole, device)
-    versions = [(name, value) for name, value in show_config("dict").items() if value is not None]
-    report.section("Versions").table((), versions)
+    add_versions(report)
     return report
 
 
