@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
 
+from tests.emulator.build import sanitized
 from tests.implementations import Implementation, available
+
+# Under sanitizers, cases of one test on one set of kernels: they are ten times slower, and other numbers seldom take other
+# ways through memory.
+MOST_SANITIZED = 6
 
 
 def pytest_configure() -> None:
@@ -29,6 +35,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
         found = available()
         metafunc.parametrize("implementation", found, ids=[i.name for i in found])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under sanitizers, every test runs on every kernel set, but with evenly spread cases alone."""
+    if not sanitized():
+        return
+    groups: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        case = getattr(item, "callspec", None)
+        kernels = case.params.get("implementation") if case else None
+        groups[item.nodeid.split("[")[0], getattr(kernels, "name", "")].append(item)
+    kept = {id(item) for group in groups.values() for item in _spread(group)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def _spread(group: list[pytest.Item]) -> list[pytest.Item]:
+    """At most MOST_SANITIZED of a group, the first and the last among them."""
+    if len(group) <= MOST_SANITIZED:
+        return group
+    return [group[round(k * (len(group) - 1) / (MOST_SANITIZED - 1))] for k in range(MOST_SANITIZED)]
 
 
 __all__ = ["Implementation"]
