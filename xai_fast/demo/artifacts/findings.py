@@ -46,7 +46,7 @@ def about_norms(real: Real) -> str:
         return (
             f"{seen} That is a tail, not a second kind of token: this model has no high-norm tokens. It need "
             "not contradict the "
-            "paper, which finds them in the large, huge and giant DINOv2 and not in smaller ones."
+            "paper, which finds them in large models and not in small ones."
         )
     return f"{seen} Such tokens are high-norm tokens in the sense of the paper, in a model of a size that it found without."
 

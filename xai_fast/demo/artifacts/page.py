@@ -320,12 +320,9 @@ def _add_trained(report: Report, rounds: Sequence[Sequence[Trained]]) -> None:
     report.paragraph(
         f"Vision transformers of {len(rounds[0][0].model.blocks)} blocks trained on Fashion-MNIST just now, with "
         f"{' and '.join(map(str, counts))} registers, {len(rounds)} seed{'s' if len(rounds) > 1 else ''} each, "
-        "the same pictures "
-        "in the same order. They are small and undertrained "
-        f"({findings.percent(float(accuracy.mean()))} of the test pictures right on average, where a "
-        "well-trained model of this "
-        f"kind reaches about 90\N{NO-BREAK SPACE}%), and the paper finds high norms only in large models after "
-        "long training."
+        "the same pictures in the same order. They are small and undertrained "
+        f"({findings.percent(float(accuracy.mean()))} of the test pictures right on average), and the paper finds high norms "
+        "only in large models after long training."
     )
     report.table(
         ("Mean over seeds ± deviation", *(f"{count} registers" for count in counts)),
