@@ -321,8 +321,8 @@ def _add_trained(report: Report, rounds: Sequence[Sequence[Trained]]) -> None:
         f"Vision transformers of {len(rounds[0][0].model.blocks)} blocks trained on Fashion-MNIST just now, with "
         f"{' and '.join(map(str, counts))} registers, {len(rounds)} seed{'s' if len(rounds) > 1 else ''} each, "
         "the same pictures in the same order. They are small and undertrained "
-        f"({findings.percent(float(accuracy.mean()))} of the test pictures right on average), and the paper finds high norms "
-        "only in large models after long training."
+        f"({findings.percent(float(accuracy.mean()))} of the test pictures right on average), and the paper finds "
+        "high norms only in large models after long training."
     )
     report.table(
         ("Mean over seeds ± deviation", *(f"{count} registers" for count in counts)),
