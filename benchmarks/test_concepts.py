@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,14 @@ def test_token_norms(table: Table, shape: tuple[int, ...], dtype: torch.dtype) -
         "torch, x.norm(dim=-1) and a sort": lambda: torch.stack([x.norm(dim=-1) for x in states]).sort(-1),
         "read once (x.sum())": lambda: [x.sum() for x in states],
     }
+    exact = torch.stack([x.double().norm(dim=-1) for x in states])
+    torch.testing.assert_close(norms.double(), exact, rtol=1e-6, atol=0)
+    patches = exact[..., 1:].cpu().numpy()
+    middle = np.median(patches, -1, keepdims=True)
+    spread = np.median(abs(patches - middle), -1, keepdims=True)
+    limit = torch.from_numpy((middle + 5 * 1.4826 * spread)[..., 0])
+    found = artifacts.find_outliers(norms, ignore_tokens=0)
+    torch.testing.assert_close(found.threshold.cpu().double(), limit, rtol=1e-5, atol=0)
     times = alternate(peers, rounds=15, seconds=20)
     bare = times["read once (x.sum())"]
     for name, seconds in times.items():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.demo.real import built_with, needs
 from xai_fast.attention.artifacts import RegisterNeuron, outlier_layers
 from xai_fast.demo import cutouts, main, wheels
 from xai_fast.demo.artifacts import demo as artifacts_demo
@@ -37,7 +38,6 @@ from xai_fast.demo.artifacts.study import (
     Real,
 )
 from xai_fast.demo.datasets import FashionMNIST
-from xai_fast.viz import Report
 
 for package in ("transformers", "skimage", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):
     pytest.importorskip(package)
@@ -61,26 +61,16 @@ def _fashion(*_: Any, **__: Any) -> FashionMNIST:
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole page on crops of photos: nothing is fetched."""
-    try:
-        artifacts_demo.load_dinov2()
-    except wheels.WeightsUnavailable as reason:
-        pytest.skip(str(reason))
+    needs(artifacts_demo.load_dinov2)
     capsys.readouterr()
-    built: list[tuple[Any, Any, Any]] = []
-    build = artifacts_demo.build_artifacts_page
-
-    def spy(real: Any, control: Any, trained: Any, links: Any) -> Report:
-        built.append((real, control, trained))
-        return build(real, control, trained, links)
-
-    monkeypatch.setattr(artifacts_demo, "build_artifacts_page", spy)
+    built = built_with(monkeypatch, artifacts_demo, "build_artifacts_page")
     monkeypatch.setattr(artifacts_demo, "load_fashion_mnist", _fashion)
     monkeypatch.setattr(artifacts_demo, "objects_on_textures", lambda: crops_of_photos(24))
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "artifacts.png"
     arguments = ["--smallest", "--pages", "artifacts", "--out", str(out), "--artifacts-picture", str(picture)]
     assert main(arguments) == 0
 
-    ((real, control, trained),) = built
+    ((real, control, trained, _),) = built
     # What is known of this model: no high norms; a sink in block 1 that is none of them; a later start mends the rollout.
     assert real.looked.largest().max() < 2
     assert real.sinks[0].any()

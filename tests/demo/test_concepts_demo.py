@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.demo.real import built_with, needs
 from xai_fast.concepts import TCAV, tcav
 from xai_fast.demo import cutouts, fetch, main, wheels
 from xai_fast.demo.concepts import demo as concepts_demo
@@ -24,7 +25,6 @@ from xai_fast.demo.concepts import found_pictures
 from xai_fast.demo.concepts import tested as tested_concepts
 from xai_fast.demo.concepts.tested import SORTED_AT, STRIPED, Collection, Effort, Studied
 from xai_fast.demo.models import efficientnet
-from xai_fast.viz import Report
 
 for package in ("skimage", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):
     pytest.importorskip(package)
@@ -97,19 +97,8 @@ def _made(result: TCAV, **changes: Any) -> Studied:
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers on the page are those of the run, and stripes make the zebra."""
-    try:
-        efficientnet.load_efficientnet()
-        cutouts.load_cutouts()
-    except wheels.WeightsUnavailable as reason:
-        pytest.skip(str(reason))
-    built: list[Any] = []
-    build = concepts_demo.build_concepts_page
-
-    def spy(tested: Any, links: Any) -> Report:
-        built.append(tested)
-        return build(tested, links)
-
-    monkeypatch.setattr(concepts_demo, "build_concepts_page", spy)
+    needs(efficientnet.load_efficientnet, cutouts.load_cutouts)
+    built = built_with(monkeypatch, concepts_demo, "build_concepts_page")
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "concepts.png"
     capsys.readouterr()
     with warnings.catch_warnings():
@@ -117,7 +106,7 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         arguments = ["--smallest", "--pages", "concepts", "--out", str(out), "--concepts-picture", str(picture)]
         assert main(arguments) == 0
 
-    (tested,) = built
+    ((tested, _),) = built
     result = tested.result
     assert tested.named[967] == 1
     assert tested.named[340] >= 0.5
@@ -157,10 +146,7 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        efficientnet.load_efficientnet()
-    except wheels.WeightsUnavailable as reason:
-        pytest.skip(str(reason))
+    needs(efficientnet.load_efficientnet)
     monkeypatch.setattr(efficientnet, "SHA256", "0" * 64)
     with pytest.raises(wheels.WeightsUnavailable, match="sha256 expected 0000"):
         efficientnet.load_efficientnet()

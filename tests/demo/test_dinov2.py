@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.demo.real import needs
 from xai_fast.demo import wheels
 from xai_fast.demo.models import dinov2
 
@@ -20,10 +21,8 @@ onnx = pytest.importorskip("onnx")
 
 @pytest.fixture(scope="module")
 def onnx_path() -> Path:
-    try:
-        return dinov2.find_onnx()
-    except dinov2.WeightsUnavailable as reason:
-        pytest.skip(str(reason))
+    path: Path = needs(dinov2.find_onnx)
+    return path
 
 
 @pytest.fixture(scope="module")

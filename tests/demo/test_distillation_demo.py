@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.demo.real import built_with, needs
 from xai_fast.demo import main
 from xai_fast.demo.distillation import demo as distillation_demo
 from xai_fast.demo.distillation import diamonds
@@ -20,7 +21,6 @@ from xai_fast.demo.distillation import students as distilled
 from xai_fast.demo.distillation.diamonds import FEATURES, LEVELS, Diamonds
 from xai_fast.demo.distillation.issues import EXCHANGES, SIZE, middle
 from xai_fast.demo.distillation.students import CUT, NETWORK, TREES, Effort
-from xai_fast.demo.wheels import WeightsUnavailable
 from xai_fast.viz import Report
 
 for package in ("sklearn", "matplotlib", "jinja2", "tqdm", "rich"):
@@ -68,22 +68,12 @@ def results() -> Any:
 
 def test_smallest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the real diamonds: the price is nearly a sum, the cut is less of one, and the sizes cannot be told apart."""
-    try:
-        diamonds.load_diamonds()
-    except WeightsUnavailable as reason:
-        pytest.skip(str(reason))
-    built: list[Any] = []
-    build = distillation_demo.build_distillation_page
-
-    def spy(found: Any, links: Any) -> Report:
-        built.append(found)
-        return build(found, links)
-
-    monkeypatch.setattr(distillation_demo, "build_distillation_page", spy)
+    needs(diamonds.load_diamonds)
+    built = built_with(monkeypatch, distillation_demo, "build_distillation_page")
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "distillation.png"
     arguments = ["--smallest", "--pages", "distillation", "--out", str(out), "--distillation-picture", str(picture)]
     assert main(arguments) == 0
-    (found,) = built
+    ((found, _),) = built
     assert len(found.split.diamonds.X) == 53_940
     assert int(found.split.diamonds.impossible.sum()) == 23
     assert int(found.split.diamonds.contradictory.sum()) == 24

@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from tests.demo.real import needs
 from xai_fast import influence
 from xai_fast.demo import datasets, fetch, main
 from xai_fast.demo.datasets import DataUnavailable, FashionMNIST, Mail
 from xai_fast.demo.influence import demo as influence_demo
 from xai_fast.demo.influence import mislabelled, newton, spam, two_models
 from xai_fast.demo.influence import page as influence_page
-from xai_fast.demo.wheels import WeightsUnavailable
 
 for package in ("transformers", "sklearn", "matplotlib", "jinja2", "tqdm", "rich"):
     pytest.importorskip(package)
@@ -454,13 +454,12 @@ def test_what_is_missing_is_left_out_with_the_reason(
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real data and models; only where they are, or can be had."""
-    try:
-        influence_demo.load_fashion_mnist()
-        influence_demo.load_mails(2)
-        influence_demo.load_dinov2()
-        influence_demo.load_minilm()
-    except WeightsUnavailable as reason:
-        pytest.skip(str(reason))
+    needs(
+        influence_demo.load_fashion_mnist,
+        lambda: influence_demo.load_mails(2),
+        influence_demo.load_dinov2,
+        influence_demo.load_minilm,
+    )
     assert main(["--smallest", "--pages", "influence", "--out", str(tmp_path / "index.html")]) == 0
     html = (tmp_path / "influence.html").read_text()
     assert "Left out:" not in html

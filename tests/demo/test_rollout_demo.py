@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.demo.real import needs
 from xai_fast.demo import main
 from xai_fast.demo.models import dinov2
 from xai_fast.demo.photos import PHOTOS, load_photo
@@ -32,10 +33,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_smallest_dinov2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        dinov2.load_dinov2()
-    except dinov2.WeightsUnavailable as reason:
-        pytest.skip(str(reason))
+    needs(dinov2.load_dinov2)
     page, picture = tmp_path / "deep" / "index.html", tmp_path / "maps.png"
     assert (
         main(["--smallest", "--pages", "rollout", "--model", "dinov2", "--out", str(page), "--picture", str(picture)]) == 0
@@ -55,10 +53,7 @@ def test_smallest_dinov2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_rollout_of_the_cat_collapses_and_recovers() -> None:
     """From the second block on, the eyes are the brightest part: rows 5 to 8 of 16 hold both."""
-    try:
-        model = dinov2.load_dinov2()
-    except dinov2.WeightsUnavailable as reason:
-        pytest.skip(str(reason))
+    model = needs(dinov2.load_dinov2)
     explained = explain(model, load_photo("cat", 224), (16, 16))
     assert explained.sink is not None
     assert explained.sink.last_block == 0

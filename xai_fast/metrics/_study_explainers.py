@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .._fingerprint import fingerprint, function_name
+from .._seeding import seeded
 from ..integrations.captum import captum_explainer
 from ..ops import _checks as check
 from .explainers import Explainer
 
-__all__ = ["Explain", "Seeded", "caller", "describe", "seeded"]
+__all__ = ["Explain", "Seeded", "caller", "describe"]
 
 Call = Callable[..., Any]
 EXTRA = "additional_forward_args"
@@ -106,22 +106,6 @@ def _takes_extra(explainer: Any) -> bool:
     """Whether it asks by name for what the model takes besides the inputs."""
     function = getattr(explainer, "attribute", explainer)
     return any(p.name == EXTRA for p in _parameters(function))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The global generators of torch, numpy and Python seeded, and afterwards as they were."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002  explainers draw from the global one
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(of_numpy)  # noqa: NPY002
-            random.setstate(of_python)
 
 
 class Explain:

@@ -24,6 +24,8 @@ SIMILARITIES = ("pearson", "spearman")
 DEFAULT_RADIUS = 0.1
 # A row of float64 whose deviations are below this share of it is constant.
 CONSTANT = 1e-13
+# Values that are multiplied at once by `_products`.
+BLOCK = 2**17
 
 
 def faithfulness_correlation(
@@ -322,12 +324,11 @@ def infidelity(
     spread = features.at_positions(features.scores)[:, None, :, None].expand(-1, *features.layout)
     given = spread.reshape(len(inputs), -1).double()
     original, read = _original(run, target, outputs)
-    perturbed = _perturber(run.inputs, perturb_func, baselines, radius, draw_seed(generator))
+    perturbed = _perturber(run.inputs, given, perturb_func, baselines, radius, draw_seed(generator))
     sums = torch.zeros(4, len(inputs), dtype=torch.float64, device=inputs.device)
     for part in run.chunks(len(inputs) * count):
         sample, draw = _examples(part, count, inputs.device)
-        change, x = perturbed(sample, draw)
-        predicted = (change.flatten(1).double() * given[sample]).sum(1)
+        predicted, x = perturbed(sample, draw)
         drop = original[sample].double() - read(run(x, sample), sample).double()
         products = [predicted**2, predicted * drop, drop**2, (predicted - drop) ** 2]
         sums.index_add_(1, sample, torch.stack(products))
@@ -343,16 +344,18 @@ def _examples(part: slice, count: int, device: torch.device) -> tuple[Tensor, Te
     return example // count, example % count
 
 
-def _perturber(inputs: Tensor, perturb_func: Any, baselines: Any, radius: float, seed: int) -> Any:
-    """A function of (sample, draw) that gives the perturbation I and the perturbed copies x - I."""
+def _perturber(inputs: Tensor, given: Tensor, perturb_func: Any, baselines: Any, radius: float, seed: int) -> Any:
+    """A function of (sample, draw) that gives I^T g for the perturbations I, and the perturbed copies x - I."""
     if perturb_func is not None and not callable(perturb_func):
         raise TypeError(f"perturb_func: expected a callable or None, got {type(perturb_func).__name__}")
+    if perturb_func is None:
+        at_inputs = _products(inputs, given, torch.arange(len(inputs), device=inputs.device))
 
     def own(sample: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         x = ops.perturb(inputs, sample=sample, draw=draw, radius=radius, ball="linf", seed=seed)
-        return inputs[sample] - x, x
+        return at_inputs[sample] - _products(x, given, sample), x
 
-    def given(sample: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    def handed(sample: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
         x = inputs[sample]
         if baselines is None:
             result = perturb_func(x)
@@ -363,9 +366,21 @@ def _perturber(inputs: Tensor, perturb_func: Any, baselines: Any, radius: float,
             raise ValueError(
                 f"perturb_func: expected it to return two tensors of shape {tuple(x.shape)}, got another result"
             )
-        return result
+        change, x = result
+        return _products(change, given, sample), x
 
-    return own if perturb_func is None else given
+    return own if perturb_func is None else handed
+
+
+def _products(x: Tensor, given: Tensor, sample: Tensor) -> Tensor:
+    """x_e . g of its sample, (E,), in float64: in blocks of columns, so that the wide copies stay in the cache."""
+    rows = x.flatten(1)
+    width = max(1, BLOCK // len(rows))
+    total = torch.zeros(len(rows), dtype=torch.float64, device=x.device)
+    for first in range(0, rows.shape[1], width):
+        block = slice(first, first + width)
+        total += (rows[:, block].double() * given[:, block][sample]).sum(1)
+    return total
 
 
 def _original(run: Forwards, target: Any, outputs: str) -> tuple[Tensor, Readout]:

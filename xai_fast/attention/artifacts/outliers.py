@@ -314,7 +314,7 @@ def _quantile(rows: Tensor, share: float) -> Tensor:
 
 def _ordered(rows: Tensor, places: Tensor) -> Tensor:
     """Rows with those places as if sorted, NaN last. A selection on the CPU, where sorting takes as long as the norms."""
-    if rows.is_cuda or len(places) > MOST_SELECTED:
+    if rows.device.type != "cpu" or len(places) > MOST_SELECTED:
         return rows.sort(-1).values
     return torch.from_numpy(np.partition(rows.numpy(), places.numpy(), -1))
 

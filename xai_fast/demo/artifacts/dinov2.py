@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xai_fast import capture_attention
+from xai_fast import capture_attention, ops
 from xai_fast.attention.artifacts import (
     Outliers,
     Probe,
@@ -187,7 +187,7 @@ def concentration(maps: Tensor, cover: Tensor | None = None) -> Concentration:
     (0.25, 0.25, 4.0)
     """
     shares = maps.double() / maps.double().sum(1, keepdim=True)
-    entropy = -torch.xlogy(shares, shares).sum(1)
+    entropy = ops.conciseness(shares, gini=False)[:, 1]
     return Concentration(shares.amax(1), entropy.exp(), None if cover is None else (shares * cover).sum(1))
 
 

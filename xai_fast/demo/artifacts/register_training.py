@@ -17,7 +17,7 @@ from xai_fast.attention.artifacts import OutlierLayers, find_outliers, outlier_l
 from xai_fast.attention.capture import capture_attention
 
 from ..datasets import FashionMNIST, load_fashion_mnist
-from ..models.digits import one_thread
+from ..repeatable import repeatable
 
 __all__ = ["RegisterViT", "Trained", "compare_registers", "evaluate", "fashion_tensors", "train"]
 
@@ -267,8 +267,7 @@ def compare_registers(
     test_pixels, test_labels = fashion_tensors(data.test_images[:tested]), data.test_labels[:tested].long()
     found = []
     for count in registers:
-        with torch.random.fork_rng(devices=[]), one_thread():
-            torch.manual_seed(seed)
+        with repeatable(seed):
             vit = RegisterViT(count, **(model or {}))
             # The number of registers changes how many random numbers the weights take.
             torch.manual_seed(seed + 1)

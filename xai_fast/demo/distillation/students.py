@@ -15,7 +15,7 @@ from xai_fast._optional import optional_import
 from xai_fast.distill import GAM, Fidelity, fit_gam
 from xai_fast.distill.screening import PAIR_CELLS, coarse_cells, pair_gains
 
-from ..models.digits import one_thread
+from ..repeatable import repeatable
 from .diamonds import FEATURES, LEVELS, Diamonds
 
 __all__ = [
@@ -192,8 +192,7 @@ def split_diamonds(diamonds: Diamonds, effort: Effort, device: torch.device) -> 
 
 def train_network(X: Tensor, y: Tensor, epochs: int, seed: int = 0) -> PriceNetwork:
     """Fit the network to rows X (n, F) and log prices y (n,) by AdamW with a one-cycle schedule."""
-    with torch.random.fork_rng(devices=[]), one_thread():
-        torch.manual_seed(seed)
+    with repeatable(seed):
         model = PriceNetwork(X).to(X.device)
         rows, wanted = X.float(), (y - y.mean()).float()
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from xai_fast import influence
 
 from ..datasets import CLASSES, FashionMNIST
-from ..models.digits import one_thread
+from ..repeatable import one_thread
 from .newton import fit_softmax
 from .two_models import Certificate
 

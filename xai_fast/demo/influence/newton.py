@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xai_fast import influence
 
-from ..models.digits import one_thread
+from ..repeatable import one_thread
 
 __all__ = ["Fitted", "fit", "fit_smooth_hinge", "fit_softmax", "rbf_features"]
 

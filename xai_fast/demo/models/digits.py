@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 from xai_fast._optional import optional_import
 
-__all__ = ["DigitsData", "DigitsViT", "ViTOutput", "accuracy", "load_digits", "one_thread", "train_digits_vit"]
+from ..repeatable import repeatable
+
+__all__ = ["DigitsData", "DigitsViT", "ViTOutput", "accuracy", "load_digits", "train_digits_vit"]
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,7 @@ def train_digits_vit(
     """
     if epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {epochs}")
-    with torch.random.fork_rng(devices=[]), one_thread():
-        torch.manual_seed(seed)
+    with repeatable(seed):
         model = DigitsViT()
         _fit(model, data, epochs, progress)
     return model.eval()
@@ -168,17 +168,6 @@ def _fit(model: DigitsViT, data: DigitsData, epochs: int, progress: Callable[[in
             optimizer.step()
             schedule.step()
         progress(epoch)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The operations are too small to share: on a busy machine, waiting threads cost ten times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xai_fast._seeding import seeded
 from xai_fast.attention import AdditiveAttention
 
 from ..measure import Measured, compare
-from ..models.digits import one_thread
+from ..repeatable import one_thread
 
 __all__ = ["AT_ONCE", "AT_ONCE_TRAINING", "TILED", "TILED_TRAINING", "AdditiveCosts", "all_at_once", "cost_additive"]
 
@@ -99,8 +100,7 @@ def cost_additive(
     True
     """
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         attention = AdditiveAttention(hidden, hidden, hidden).to(device)
     memory = torch.randn(batch, keys, hidden, generator=generator).to(device)
     query = torch.randn(batch, queries, hidden, generator=generator).to(device)

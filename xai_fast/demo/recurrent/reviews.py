@@ -24,7 +24,7 @@ from xai_fast.attention.rnn import PAD, BiLSTMClassifier
 
 from ..datasets import ADULT
 from ..fetch import obtain_sdist, tar_member
-from ..models.digits import one_thread
+from ..repeatable import one_thread, repeatable
 
 __all__ = [
     "EXAMPLES",
@@ -262,8 +262,7 @@ def explain_reviews(
         raise ValueError(f"tests: expected 1 to {len(kept) - 1}, got {tests}")
     held, train = kept[:tests], kept[tests:]
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), one_thread():
-        torch.manual_seed(seed)
+    with repeatable(seed):
         reader = _train(train, epochs, dim, hidden, torch.device(device), tick)
     seconds = time.perf_counter() - start
     with one_thread():

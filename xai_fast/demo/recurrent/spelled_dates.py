@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xai_fast.attention.rnn import BOS, EOS, PAD, Seq2Seq
 
-from ..models.digits import one_thread
+from ..repeatable import one_thread, repeatable
 
 __all__ = ["FIELDS", "Alignment", "Dates", "Share", "SpelledDate", "explain_dates", "spell_dates"]
 
@@ -194,8 +194,7 @@ def explain_dates(
     dates = spell_dates(count, seed=seed)
     held, train = dates[:tests], dates[tests:]
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), one_thread():
-        torch.manual_seed(seed)
+    with repeatable(seed):
         model = _train(train, epochs, dim, hidden, torch.device(device), tick)
     seconds = time.perf_counter() - start
     with one_thread():
