@@ -324,6 +324,28 @@ def test_smoothing_helps_where_rows_are_few() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_smoothing_starts_where_the_grid_asks() -> None:
+    """On few rows a fine grid gives the function of a coarse one; the smoothing that this takes is larger."""
+    torch.manual_seed(0)
+    X, fresh = uniform(300, 6), uniform(2000, 6)
+
+    def rugged(x: Tensor) -> Tensor:
+        return additive(x) + 0.5 * torch.sin(20 * x[:, 3] * x[:, 4])
+
+    def error(bins: int) -> float:
+        found = fit_gam(rugged, X, bins=bins).predict(fresh)
+        return float((found - rugged(fresh)).square().mean())
+
+    assert error(256) < 1.1 * error(64)
+
+
+def test_many_rows_have_finer_grids() -> None:
+    X = torch.rand(10_000, 1, dtype=torch.float64)
+    for n, bins in ((9_999, 64), (10_000, 256)):
+        (term,) = fit_gam(lambda x: torch.sin(60 * x[:, 0]), X[:n]).terms
+        assert term.grids[0].size == bins
+
+
 # ---- what is told ----------------------------------------------------------------------------------------------------
 
 

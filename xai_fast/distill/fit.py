@@ -27,6 +27,8 @@ __all__ = ["fit_gam"]
 HEREDITY = 1e-4
 # A triple must gain this many times what chance alone makes it vary by.
 CLEAR = 4.0
+# Values of a main effect by default. Many rows also determine more of them.
+USUAL_BINS, MANY_BINS, MANY_ROWS = 64, 256, 10_000
 # Cells of one table: its penalty and its projection are dense matrices of this size.
 CELLS = 4096
 
@@ -37,7 +39,7 @@ def fit_gam(
     *,
     interactions: int | Sequence[Sequence[int]] = 0,
     max_order: int = 2,
-    bins: int = 64,
+    bins: int | None = None,
     pair_bins: int = 16,
     triple_bins: int = 8,
     basis: str = "linear",
@@ -76,7 +78,8 @@ def fit_gam(
         3: with a number of interactions, also up to as many triples of which two pairs were chosen, where they clearly
         explain more than chance would.
     bins, pair_bins, triple_bins : int
-        Values of a main effect, and along each axis of a pair and a triple. The coarser grids are part of the finer.
+        Values of a main effect (by default 64, and 256 from 10,000 rows on), and along each axis of a pair and a triple. The
+        coarser grids are part of the finer.
     basis : {"linear", "steps"}
         Straight lines between knots at quantiles, or constants in bins.
     outputs : {"auto", "logits", "probabilities", "raw"}
@@ -143,6 +146,8 @@ def fit_gam(
     check.check_seed(seed)
     if generator is None:
         generator = torch.Generator().manual_seed(seed)
+    if bins is None:
+        bins = MANY_BINS if len(rows) >= MANY_ROWS else USUAL_BINS
     settings = _Settings(bins, pair_bins, triple_bins, basis, max_order, heredity, smoothing, holdout)
     names = _names(feature_names, rows.shape[1])
     reader = Teacher(teacher, outputs, target, batch_size, progress)
@@ -186,7 +191,8 @@ class _Settings:
         if isinstance(self.smoothing, str):
             if self.smoothing != "auto":
                 raise ValueError(f"smoothing: expected numbers or 'auto', got {self.smoothing!r}")
-            return [FIRST] * orders
+            # At twice the knots, second differences of a smooth function are a quarter, and their squares a sixteenth.
+            return [FIRST * max(1.0, self.bins / USUAL_BINS) ** 4, FIRST, FIRST][:orders]
         given = self.smoothing if isinstance(self.smoothing, Sequence) else [self.smoothing] * 3
         levels = [check.check_at_least_zero(s, "smoothing") for s in given]
         if not 1 <= len(levels) <= 3:
