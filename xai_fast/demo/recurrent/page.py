@@ -44,6 +44,12 @@ WHAT_IT_IS = (
     "more weight on this state would make the decision surer; below zero, less sure.",
 )
 
+DISPUTE = (
+    "Jain & Wallace (2019), “Attention is not explanation”, give the first and say that quite other weights lead to the "
+    "same verdict; Wiegreffe & Pinter (2019), “Attention is not not explanation”, answer with the second. Neither is in the "
+    "data."
+)
+
 COLOURS = (
     "Plain attention has one colour, orange; signed attention has two, red for the verdict and blue against it. The "
     "last column leaves each word out in turn and reads the rest again: red is what the verdict loses in log-odds "
@@ -133,7 +139,7 @@ def _add_reviews(report: Report, judged: JudgedReviews) -> None:
     )
     _add_accuracies(report, judged)
     report.paragraph(accuracy_finding(reviews, judged.bag))
-    add_text(report, "Sentences made up for this page", (COLOURS,))
+    add_text(report, "Two sentences from the dispute about attention, and three made up for this page", (DISPUTE, COLOURS))
     _add_sentences(report, reviews.examples, "meant")
     for sentence in reviews.examples:
         report.paragraph(example_finding(sentence))

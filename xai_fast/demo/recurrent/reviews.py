@@ -48,8 +48,13 @@ LEXICON = "vaderSentiment-3.3.2/vaderSentiment/vader_lexicon.txt"
 # Sentences whose mean rating is nearer to zero are neither for nor against.
 AMBIVALENT = 0.5
 
-# Ours, not from the data, with what is meant: praise and blame in one sentence, twice, and a negation.
+# With what is meant. The examples on which Jain & Wallace (2019), "Attention is not explanation", and Wiegreffe & Pinter
+# (2019), "Attention is not not explanation", disagree; and ours: praise and blame in one sentence, twice, and a negation.
 EXAMPLES: dict[str, int | None] = {
+    "after 15 minutes watching the movie i was asking myself what to do leave the theater sleep or try to keep watching the "
+    "movie to see if there was anything worth i finally watched the movie what a waste of time maybe i am not a 5 years old "
+    "kid anymore": 0,
+    "brilliant and moving performances by tom and peter finch": 1,
     "The film is funny and moving, but too long.": None,
     "The plot is dull, but the acting is wonderful.": None,
     "This is not a bad film.": 1,
