@@ -19,6 +19,7 @@ from xai_fast.demo.measure import Measured
 from xai_fast.demo.recurrent import demo as recurrent_demo
 from xai_fast.demo.recurrent import findings
 from xai_fast.demo.recurrent.additive_costs import AT_ONCE_TRAINING, TILED_TRAINING, AdditiveCosts, cost_additive
+from xai_fast.demo.recurrent.figures import _wrapped
 from xai_fast.demo.recurrent.page import JudgedReviews, build_recurrent_page
 from xai_fast.demo.recurrent.review_checks import (
     METHODS,
@@ -316,3 +317,15 @@ def test_costs_are_of_the_same_weights() -> None:
     assert len(found.measured) == 4
     assert found.disagreement < 1e-6
     assert found.hidden_bytes == 4 * 2 * 3 * 7 * 16
+
+
+def test_texts_of_the_picture_are_wrapped() -> None:
+    tokens = ("one", "two", "three", "four", ",", "five")
+    in_one = _wrapped(tokens, 100)
+    assert [word.text for word in in_one] == list(tokens)
+    assert {word.line for word in in_one} == {0}
+    # The comma stays with its word.
+    room = in_one[4].left + in_one[4].width - in_one[3].left
+    lines = [(word.text, word.line, word.left) for word in _wrapped(tokens, room)]
+    assert [line for _, line, _ in lines] == [0, 1, 2, 3, 3, 4]
+    assert all(left == 0 for text, _, left in lines if text != ",")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,44 +90,68 @@ def save_recurrent_picture(sentences: Sequence[Sentence], alignment: Alignment, 
     canvas.save(path, **({"quality": 90} if Path(path).suffix.lower() in (".jpg", ".jpeg") else {}))
 
 
+@dataclass(frozen=True)
+class _Word:
+    """A token of a wrapped text: its line from 0, and where it begins and how wide it is, in inches."""
+
+    text: str
+    line: int
+    left: float
+    width: float
+
+
 def _sentences_figure(sentences: Sequence[Sentence]) -> Any:
-    """A line for each sentence: the verdict, and the text in both colourings."""
-    lines = len(sentences) + 1
-    figure = _figure(WIDTH, LINE * (lines + 0.4))
+    """For each sentence the verdict, and the text in both colourings."""
+    room = min(COLUMNS[2] - COLUMNS[1], WIDTH - COLUMNS[2]) - COLUMNS[0]
+    texts = [_wrapped(sentence.tokens, room) for sentence in sentences]
+    tops = [0, *itertools.accumulate(text[-1].line + 1 for text in texts)]
+    figure = _figure(WIDTH, LINE * (tops[-1] + 1.4))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     for left, name in zip(COLUMNS, ("Verdict", PLAIN, SIGNED), strict=True):
         axis.text(left, 0.5, name, fontsize=10.5, color=MUTED, va="center_baseline")
-    axis.set(xlim=(0, WIDTH), ylim=(lines + 0.1, -0.3))
-    for line, sentence in enumerate(sentences):
+    axis.set(xlim=(0, WIDTH), ylim=(tops[-1] + 1.1, -0.3))
+    for sentence, text, top in zip(sentences, texts, tops, strict=False):
         sure = sentence.probability if sentence.target else 1 - sentence.probability
         verdict = f"{'praise' if sentence.target else 'blame'}, {sure:.0%}"
-        axis.text(COLUMNS[0], line + 1.5, verdict, fontsize=SIZE, weight="bold", color=INK, va="center_baseline")
+        axis.text(COLUMNS[0], top + 1.5, verdict, fontsize=SIZE, weight="bold", color=INK, va="center_baseline")
         for left, weights, signed in zip(COLUMNS[1:], (sentence.attention, sentence.signed), (False, True), strict=True):
-            _draw_text(axis, left, line + 1.5, sentence.tokens, weights, signed)
+            _draw_text(axis, left, top + 1.5, text, weights, signed)
     return figure
 
 
-def _draw_text(axis: Any, left: float, line: float, tokens: Sequence[str], weights: Tensor, signed: bool) -> None:
-    """Tokens one after the other, each on its ground: where the next one begins is known once a word is measured."""
-    rectangle = optional_import("matplotlib.patches", "demo").Rectangle
-    renderer = axis.figure.canvas.get_renderer()
-    limit = float(weights.abs().max())
-    space = _width(axis, renderer, "a a") - _width(axis, renderer, "aa")
-    for piece, weight in zip(readable_tokens(tokens), weights.tolist(), strict=True):
+def _wrapped(tokens: Sequence[str], room: float) -> list[_Word]:
+    """Tokens one after the other, on as many lines as they take."""
+    axis = _figure(1, 1).add_axes((0, 0, 1, 1))
+    measure = functools.cache(lambda text: _width(axis, text))
+    space = measure("a a") - measure("aa")
+    words: list[_Word] = []
+    line, left = 0, 0.0
+    for piece in readable_tokens(tokens):
         word = piece.lstrip(" ")
-        left += space * (len(piece) - len(word))
-        width = _width(axis, renderer, word)
+        width, gap = measure(word), space * (len(piece) - len(word))
+        if gap and left + gap + width > room:
+            line, left, gap = line + 1, 0.0, 0.0
+        words.append(_Word(word, line, left + gap, width))
+        left += gap + width
+    return words
+
+
+def _draw_text(axis: Any, left: float, line: float, text: Sequence[_Word], weights: Tensor, signed: bool) -> None:
+    """Each word on its ground."""
+    rectangle = optional_import("matplotlib.patches", "demo").Rectangle
+    limit = float(weights.abs().max())
+    for word, weight in zip(text, weights.tolist(), strict=True):
+        x, y = left + word.left, line + word.line
         color = [channel / 255 for channel in text_color(weight, limit, signed=signed)]
-        axis.add_patch(rectangle((left, line - 0.33), width, 0.66, color=color, linewidth=0))
-        axis.text(left, line, word, fontsize=SIZE, color=INK, va="center_baseline")
-        left += width
+        axis.add_patch(rectangle((x, y - 0.33), word.width, 0.66, color=color, linewidth=0))
+        axis.text(x, y, word.text, fontsize=SIZE, color=INK, va="center_baseline")
 
 
-def _width(axis: Any, renderer: Any, text: str) -> float:
-    """In the units of the axis, which are inches."""
+def _width(axis: Any, text: str) -> float:
+    """In inches."""
     drawn = axis.text(0, 0, text, fontsize=SIZE)
-    width = float(drawn.get_window_extent(renderer).width) / axis.figure.dpi
+    width = float(drawn.get_window_extent(axis.figure.canvas.get_renderer()).width) / axis.figure.dpi
     drawn.remove()
     return width
 
