@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.metrics.models import classifier, linear
-from xai_fast.metrics import faithfulness_correlation, feature_correlation, infidelity, monotonicity
+from xai_fast.metrics import faithfulness, faithfulness_correlation, feature_correlation, infidelity, monotonicity
 from xai_fast.ops import perturb
 
 B, F, C = 6, 9, 3
@@ -123,7 +123,9 @@ def test_monotonicity_is_the_loop() -> None:
         assert bool(found[i]) == bool((np.diff(curve) >= 0).all())
 
 
-def test_infidelity_is_the_mean_over_the_perturbations() -> None:
+@pytest.mark.parametrize("block", [1, 17, faithfulness.BLOCK])
+def test_infidelity_is_the_mean_over_the_perturbations(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faithfulness, "BLOCK", block)
     forward, x, maps = data()
     rounds, seed_of = 13, int(torch.randint(2**62, (1,), generator=seeded(4)))
     found = infidelity(forward, x, maps, n_perturb_samples=rounds, radius=0.3, generator=seeded(4), max_examples_per_batch=5)

@@ -66,6 +66,14 @@ def test_quantile_by_hand(scope: Any, axes: tuple[int, ...], quantile: float) ->
     np.testing.assert_array_equal(found.mask.numpy(), norms.numpy() > limit)
 
 
+def test_quantile_of_long_rows() -> None:
+    """Long enough for a selection to leave most of a row unsorted."""
+    norms = torch.rand(3, 20_000, dtype=torch.float64)
+    for quantile in (0.1234, 0.5, 0.98):
+        found = find_outliers(norms, "quantile", quantile=quantile).threshold
+        torch.testing.assert_close(found, torch.from_numpy(np.quantile(norms.numpy(), quantile, axis=1)), rtol=1e-12, atol=0)
+
+
 def test_samples_are_judged_alone() -> None:
     norms = _norms()
     together = find_outliers(norms)
