@@ -85,13 +85,20 @@ struct Lissa : GlmRows, GlmCurvature {
   void* outputs;         // (batch,columns) workspace
   int64_t* counter;      // (2) workspace, CUDA
   int64_t columns, batch, first_step, steps, skip;
+  int64_t panel_columns;  // CPU: 0, or g, v and average are panels (see below)
   uint64_t seed;
   double l2, damping, sigma;
 };
+// Where columns are many, lanes of the CPU kernels run along them: g, v and average lie as panels of (params,panel_columns),
+// the columns in the order (class, right-hand side), with columns of zeros at the end.
 struct LissaPlan {
-  int64_t row_items, update_items;
+  int64_t row_items, update_items, panel_columns, panels;
+  int64_t gathered_elements, output_elements;
 };
 LissaPlan lissa_plan_cpu(const Lissa& p);
+// Items: update_items. vectors (M,params,C).
+void lissa_pack_cpu(const Lissa& p, const void* vectors, void* panels, int64_t begin, int64_t end);
+void lissa_unpack_cpu(const Lissa& p, const void* panels, void* vectors, int64_t begin, int64_t end);
 void lissa_rows_cpu(const Lissa& p, int64_t step, int64_t begin, int64_t end);    // gathers, multiplies, applies W
 void lissa_update_cpu(const Lissa& p, int64_t step, int64_t begin, int64_t end);  // multiplies back and steps
 const char* launch_lissa(const Lissa& p, void* stream);                           // all steps

@@ -206,8 +206,26 @@ Tensor glm_hvp(const Tensor& X, const Tensor& vectors, const OptionalTensor& the
 
 // ---- LiSSA --------------------------------------------------------------------------------------------------------------
 
-void run_lissa(const Lissa& p) {
-  const LissaPlan plan = lissa_plan_cpu(p);
+// A copy of vectors (M,P,C) as the loop keeps them: see LissaPlan.
+Tensor lissa_form(const Lissa& p, const LissaPlan& plan, const Tensor& vectors) {
+  if (!plan.panel_columns) return vectors.transpose(1, 2).clone(at::MemoryFormat::Contiguous);
+  const Tensor from = vectors.contiguous(), to = at::empty({plan.panels, p.params(), plan.panel_columns}, from.options());
+  const pybind11::gil_scoped_release release;
+  parallel(plan.update_items, double(to.numel()),
+           [&](int64_t i, int64_t j) { lissa_pack_cpu(p, from.const_data_ptr(), to.mutable_data_ptr(), i, j); });
+  return to;
+}
+
+Tensor lissa_vectors(const Lissa& p, const LissaPlan& plan, const Tensor& form, at::IntArrayRef shape) {
+  if (!plan.panel_columns) return vectors_of(form);
+  const Tensor to = at::empty(shape, form.options());
+  const pybind11::gil_scoped_release release;
+  parallel(plan.update_items, double(to.numel()),
+           [&](int64_t i, int64_t j) { lissa_unpack_cpu(p, form.const_data_ptr(), to.mutable_data_ptr(), i, j); });
+  return to;
+}
+
+void run_lissa(const Lissa& p, const LissaPlan& plan) {
   const double work = 2.0 * double(p.batch) * double(p.params()) * double(p.columns);
   const pybind11::gil_scoped_release release;
   for (int64_t step = p.first_step; step < p.first_step + p.steps; ++step) {
@@ -230,15 +248,18 @@ std::tuple<Tensor, Tensor> lissa(const Tensor& X_in, const Tensor& gradient, con
   check_tensor(start, gradient.sizes(), dtype, X_in, "start");
   check_optional(sample_weight_in, {n}, dtype, X_in, "sample_weight");
   const c10::DeviceGuard guard(X_in.device());
-  const Tensor X = with_unit_rows(X_in), weights = weights_in.contiguous(), g = columns_of(gradient);
+  const Tensor X = with_unit_rows(X_in), weights = weights_in.contiguous();
   const OptionalTensor sample_weight = contiguous(sample_weight_in);
-  const Tensor state = start.transpose(1, 2).clone(at::MemoryFormat::Contiguous),
-               average = at::empty(state.sizes(), state.options());
   Lissa p{};
   fill_rows(p, X, std::nullopt, sample_weight, classes, intercept, dtype);
-  p.columns = g.size(0) * classes;
-  const Tensor gathered = at::empty({batch_size, params}, g.options()),
-               outputs = at::empty({batch_size, p.columns}, g.options());
+  p.columns = gradient.size(0) * classes;
+  p.batch = batch_size;
+  const LissaPlan plan = on_gpu(X) ? LissaPlan{.gathered_elements = p.batch * params, .output_elements = p.batch * p.columns}
+                                   : lissa_plan_cpu(p);
+  p.panel_columns = plan.panel_columns;
+  const Tensor state = lissa_form(p, plan, start), average = at::empty(state.sizes(), state.options());
+  Tensor g = lissa_form(p, plan, gradient), gathered = at::empty({plan.gathered_elements}, g.options()),
+         outputs = at::empty({plan.output_elements}, g.options());
   const Tensor counter = at::empty({2}, g.options().dtype(at::kLong));
   p.weights = weights.const_data_ptr();
   p.smoothing = 1;
@@ -249,7 +270,6 @@ std::tuple<Tensor, Tensor> lissa(const Tensor& X_in, const Tensor& gradient, con
   p.gathered = gathered.mutable_data_ptr();
   p.outputs = outputs.mutable_data_ptr();
   p.counter = counter.mutable_data_ptr<int64_t>();
-  p.batch = batch_size;
   p.first_step = first_step;
   p.steps = steps;
   p.skip = skip;
@@ -260,8 +280,10 @@ std::tuple<Tensor, Tensor> lissa(const Tensor& X_in, const Tensor& gradient, con
   if (on_gpu(X))
     check_launch(launch_lissa(p, current_stream(X)));
   else
-    run_lissa(p);
-  return {vectors_of(state), vectors_of(average)};
+    run_lissa(p, plan);
+  // The results may then live in their memory, whose pages are there.
+  g = gathered = outputs = Tensor();
+  return {lissa_vectors(p, plan, state, start.sizes()), lissa_vectors(p, plan, average, start.sizes())};
 }
 
 Tensor sample_rows(const Tensor& like, int64_t rows, int64_t count, int64_t seed, int64_t step) {

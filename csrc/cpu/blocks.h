@@ -16,6 +16,10 @@ inline int64_t panel_columns_of(int64_t element_bytes) { return kPanelBytes / el
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 inline int64_t pieces_of(int64_t x, int64_t size) { return (x + size - 1) / size; }
 
+// Numbers between rows of n: whole panels, and an odd number of them, as rows a power of two apart would share their cache
+// sets.
+inline int64_t panel_pitch_of(int64_t n, int64_t panel_columns) { return (pieces_of(n, panel_columns) | 1) * panel_columns; }
+
 inline int64_t accumulate_bytes(Dtype d) { return d == Dtype::f64 ? 8 : 4; }
 
 }  // namespace xai

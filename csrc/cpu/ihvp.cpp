@@ -25,6 +25,8 @@ constexpr int64_t kMostListEntries = int64_t{1} << 24;  // places in the lists o
 
 // Work items of a LiSSA step: rows of the batch; columns and parameters of the state.
 constexpr int64_t kLissaRows = 16, kLissaColumns = 12, kLissaRange = 128;
+constexpr int64_t kLissaTile = 12;          // the same for panels: rows; parameters. A multiple of every kTileRows
+constexpr int64_t kLissaManyColumns = 128;  // from here on panels are faster
 
 constexpr int64_t kProjectionInputs = 2048;  // inputs that are worth a piece
 
@@ -34,6 +36,8 @@ struct Bodies {
   void (*glm_hvp)(const GlmHvp&, int64_t, int64_t);
   void (*glm_hvp_reduce)(const GlmHvp&, int64_t, int64_t);
   void (*glm_curve)(const GlmCurve&, int64_t, int64_t);
+  void (*lissa_pack)(const Lissa&, const void*, void*, int64_t, int64_t);
+  void (*lissa_unpack)(const Lissa&, const void*, void*, int64_t, int64_t);
   void (*lissa_rows)(const Lissa&, int64_t, int64_t, int64_t);
   void (*lissa_update)(const Lissa&, int64_t, int64_t, int64_t);
   void (*scores_pack)(const InfluenceScores&, int64_t, int64_t);
@@ -43,9 +47,9 @@ struct Bodies {
   void (*projection_reduce)(const Projection&, int64_t, int64_t);
 };
 
-#define XAI_BODIES(ISA)                                                                          \
-  {ISA::glm_hvp,     ISA::glm_hvp_reduce, ISA::glm_curve,    ISA::lissa_rows, ISA::lissa_update, \
-   ISA::scores_pack, ISA::scores,         ISA::scores_merge, ISA::projection, ISA::projection_reduce}
+#define XAI_BODIES(ISA)                                                                                           \
+  {ISA::glm_hvp,      ISA::glm_hvp_reduce, ISA::glm_curve, ISA::lissa_pack,   ISA::lissa_unpack, ISA::lissa_rows, \
+   ISA::lissa_update, ISA::scores_pack,    ISA::scores,    ISA::scores_merge, ISA::projection,   ISA::projection_reduce}
 
 #define XAI_BODY_FILE "ihvp.inc"
 #include "bodies.inc"
@@ -62,7 +66,28 @@ void glm_hvp_reduce_cpu(const GlmHvp& p, int64_t begin, int64_t end) { bodies().
 void glm_curve_cpu(const GlmCurve& p, int64_t begin, int64_t end) { bodies().glm_curve(p, begin, end); }
 
 LissaPlan lissa_plan_cpu(const Lissa& p) {
-  return {pieces_of(p.batch, kLissaRows), pieces_of(p.columns, kLissaColumns) * pieces_of(p.params(), kLissaRange)};
+  const int64_t params = p.params();
+  if (p.columns < kLissaManyColumns)
+    return {pieces_of(p.batch, kLissaRows),
+            pieces_of(p.columns, kLissaColumns) * pieces_of(params, kLissaRange),
+            0,
+            0,
+            p.batch * params,
+            p.batch * p.columns};
+  const int64_t width = panel_columns_of(accumulate_bytes(p.accumulate));
+  const int64_t row_tiles = pieces_of(p.batch, kLissaTile), param_tiles = pieces_of(params, kLissaTile);
+  return {row_tiles,
+          param_tiles,
+          width,
+          pieces_of(p.columns, width),
+          row_tiles * param_tiles * kLissaTile * kLissaTile,
+          row_tiles * kLissaTile * panel_pitch_of(p.columns, width)};
+}
+void lissa_pack_cpu(const Lissa& p, const void* vectors, void* panels, int64_t begin, int64_t end) {
+  bodies().lissa_pack(p, vectors, panels, begin, end);
+}
+void lissa_unpack_cpu(const Lissa& p, const void* panels, void* vectors, int64_t begin, int64_t end) {
+  bodies().lissa_unpack(p, panels, vectors, begin, end);
 }
 void lissa_rows_cpu(const Lissa& p, int64_t step, int64_t begin, int64_t end) { bodies().lissa_rows(p, step, begin, end); }
 void lissa_update_cpu(const Lissa& p, int64_t step, int64_t begin, int64_t end) {

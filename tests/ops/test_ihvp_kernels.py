@@ -269,15 +269,37 @@ def test_lissa_classes(implementation: Implementation, classes: int, dtypes: tup
         check(implementation, "lissa", *problem)
 
 
+@pytest.mark.parametrize(
+    ("sides", "classes"),
+    [(19, 5), (127, 1), (32, 4), (129, 1), (20, 7), (145, 1), (16, 10), (1, 176), (23, 7)]
+    if FULL
+    else [(129, 1), (20, 7), (23, 7)],
+)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F64, F64), (BF16, F32)] if FULL else [(F32, F32), (F16, F64)])
+def test_lissa_of_many_columns(
+    implementation: Implementation, sides: int, classes: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """From 128 columns on they lie in panels on the CPU. Columns, parameters and rows that fill the last tile or do not."""
+    for dim, batch, options in [
+        (1, 1, {"intercept": True}),
+        (11, 24, {"intercept": True, "weighted": True}),
+        (24, 37, {"skip": 1}),
+        (205, 13, {"weighted": True, "first_step": 5}),
+    ]:
+        problem = lissa_problem(40, dim, sides, classes, "softmax", batch=batch, steps=2, dtypes=dtypes, **options)
+        check(implementation, "lissa", *problem)
+
+
 @pytest.mark.parametrize("dim", [1, 768, 1500] if FULL else [768])
 def test_lissa_dims(implementation: Implementation, dim: int) -> None:
     check(implementation, "lissa", *lissa_problem(21, dim, 1, 3, "softmax", intercept=True, steps=2))
     check(implementation, "lissa", *lissa_problem(21, dim, 1, 1, "logistic", steps=2, dtypes=(F64, F64)))
 
 
-def test_lissa_goes_on_where_it_ended(implementation: Implementation) -> None:
+@pytest.mark.parametrize("sides", [2, 48])
+def test_lissa_goes_on_where_it_ended(implementation: Implementation, sides: int) -> None:
     """Two calls give the iterates of one; the mean is that of the iterates after `skip` steps."""
-    problem = lissa_problem(50, 6, 2, 3, "softmax", steps=7, skip=3)
+    problem = lissa_problem(50, 6, sides, 3, "softmax", steps=7, skip=3)
     whole, mean = implementation("lissa", *problem)
     problem[12:14] = [4, 3]
     first, fourth = implementation("lissa", *problem)
@@ -294,11 +316,12 @@ def test_lissa_many_steps(implementation: Implementation) -> None:
     check(implementation, "lissa", *lissa_problem(30, 3, 1, 1, "logistic", batch=4, steps=steps, skip=steps // 2))
 
 
-def test_lissa_does_not_change_its_inputs_and_reads_strides(implementation: Implementation) -> None:
-    problem = lissa_problem(30, 8, 2, 3, "softmax", weighted=True)
+@pytest.mark.parametrize("sides", [2, 48])
+def test_lissa_does_not_change_its_inputs_and_reads_strides(implementation: Implementation, sides: int) -> None:
+    problem = lissa_problem(30, 8, sides, 3, "softmax", weighted=True)
     problem[0] = normal(60, 20)[::2, 3:11]
-    problem[1] = normal(2, 3, 8).transpose(1, 2)
-    problem[4] = normal(3, 8, 2).permute(2, 1, 0)
+    problem[1] = normal(sides, 3, 8).transpose(1, 2)
+    problem[4] = normal(3, 8, sides).permute(2, 1, 0)
     before = [x.clone() if isinstance(x, Tensor) else x for x in problem]
     check(implementation, "lissa", *problem)
     assert all(torch.equal(a, b) for a, b in zip(problem, before, strict=True) if isinstance(a, Tensor))
@@ -455,7 +478,7 @@ def problems(draw: st.DrawFn, most: int = 100) -> dict[str, Any]:
     return {
         "n": draw(st.integers(1, most)),
         "dim": draw(st.sampled_from([1, 2, 5, 8, 31, 40, 100])),
-        "sides": draw(st.sampled_from([1, 2, 4, 7])),
+        "sides": draw(st.sampled_from([1, 2, 4, 7, 40])),
         "classes": draw(st.sampled_from([1, 2, 3, 6, 11, 18])),
         "family": draw(st.sampled_from(FAMILIES)),
         "dtypes": draw(st.sampled_from(ALL_DTYPES)),

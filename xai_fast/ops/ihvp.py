@@ -336,7 +336,7 @@ def lissa(
     options = (family, bool(intercept), l2, damping, sigma, batch_size, first_step, steps, skip, check.check_seed(seed))
     last, average = _lissa(X, g, weights, sample_weight, at, *options)
     shape, dtype = gradient.shape, gradient.dtype
-    return (last / sigma).reshape(shape).to(dtype), (average / sigma).reshape(shape).to(dtype)
+    return last.div_(sigma).reshape(shape).to(dtype), average.div_(sigma).reshape(shape).to(dtype)
 
 
 def _weights_at(
