@@ -5,6 +5,9 @@ a torch function mode is active, which changes the last bits of their output. So
 each of them gets a wrapper around `forward` that runs it with the mode taken off the stack, and notes its
 inputs and weights instead. Modules inside them that torch.nn does not know are run with the mode back in
 place.
+
+Norms, embeddings and the like have nothing to tell, but torch takes 10 us to offer one of their calls to a mode. So
+torch.nn's modules for them run with the mode taken off too.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from ._layers import (
 
 __all__ = ["ModuleWrappers", "Session", "carries_gradient", "record_attention_forward"]
 
+# Modules in which no attention begins, whose functions torch offers to a mode in Python. Subclasses may do anything.
+_PLAIN = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.Dropout, nn.ReLU, nn.SiLU})
+
 # wrapper(module, original, args, kwargs) -> what the original returned
 Wrapper = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -45,6 +51,9 @@ class Session(Protocol):
 
     def resumed(self) -> AbstractContextManager[None]:
         """Run with the function mode again."""
+
+    def aside(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the forward of a plain module without the function mode, if nothing in it can matter."""
 
     def begin_pass(self) -> None: ...
 
@@ -63,6 +72,19 @@ def carries_gradient(args: Any, kwargs: Any, module: nn.Module | None = None) ->
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     parameters = [] if module is None else module.parameters()
     return any(x.requires_grad for x in (*tensors, *parameters))
+
+
+class _Aside:
+    """The forward of a plain module while it is captured. A copy of the module has its class' own."""
+
+    def __init__(self, session: Session, module: nn.Module) -> None:
+        self._session, self._module, self._forward = session, module, module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._session.aside(self._forward, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._module, "forward")
 
 
 class ModuleWrappers:
@@ -91,6 +113,9 @@ class ModuleWrappers:
                         self._wrap(module, "forward", wrapper)
                     else:
                         self._splice(module, base, wrapper)
+            if type(module) in _PLAIN and module is not self._model and "forward" not in module.__dict__:
+                self._wrapped.append((module, "forward", None))
+                module.forward = _Aside(self._session, module)
         for module, name in self._unknown_parts():
             self._wrap(module, name, self._unknown)
 

@@ -282,6 +282,17 @@ class _Session:
                 torch._C._pop_torch_function_stack()
             self._is_suspended = True
 
+    def aside(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call without the mode, unless a note may be handed on or the mode is not on top of this thread's stack."""
+        above = torch._C._len_torch_function_stack() - 1
+        if self.tracker.notes or above < 0 or torch._C._get_function_stack_at(above) is not self._mode:
+            return forward(*args, **kwargs)
+        torch._C._pop_torch_function_stack()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch._C._push_on_torch_function_stack(self._mode)
+
 
 def _is_method_of_others(frame: FrameType) -> bool:
     """Reading the variables of a frame takes a copy of them, so it is done only where it may help."""
