@@ -379,7 +379,7 @@ def _products(x: Tensor, given: Tensor, sample: Tensor) -> Tensor:
     total = torch.zeros(len(rows), dtype=torch.float64, device=x.device)
     for first in range(0, rows.shape[1], width):
         block = slice(first, first + width)
-        total += (rows[:, block].double() * given[:, block][sample]).sum(1)
+        total += given[:, block].index_select(0, sample).mul_(rows[:, block]).sum(1)
     return total
 
 
