@@ -13,7 +13,7 @@ from tests.implementations import Implementation, available
 
 # Under sanitizers, cases of one test on one set of kernels: they are ten times slower, and other numbers seldom take other
 # ways through memory.
-MOST_SANITIZED = 6
+MOST_SANITIZED = 4
 
 
 def pytest_configure() -> None:
