@@ -28,7 +28,10 @@ TILE = (3, 7)  # 4 groups of test points, 9 tiles each
 TILES = 36
 LIMIT = 60.0
 
+# A job in the background of a script would otherwise ignore SIGINT, and so would its children.
 CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 from pathlib import Path
 import torch

@@ -23,7 +23,10 @@ from xai_fast.metrics.study import Seeded, Study, StudyContext, run_study
 
 LIMIT = 120
 
+# A job in the background of a script would otherwise ignore SIGINT, and so would its children.
 CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 from tests.metrics import studied
 from xai_fast.metrics import _study_store
