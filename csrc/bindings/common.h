@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -21,6 +22,18 @@
 namespace xai {
 
 using at::Tensor;
+
+// Binds an op. Its sums keep their dtype under autocast, which would hand 16-bit products to code that reads 32-bit ones.
+template <class R, class... Args, class... Extra>
+void bind_op(pybind11::module_& m, const char* name, R (*op)(Args...), const Extra&... extra) {
+  m.def(
+      name,
+      [op](Args... args) -> R {
+        const c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+        return op(std::forward<Args>(args)...);
+      },
+      extra...);
+}
 
 void bind_rollout(pybind11::module_& m);
 void bind_relevance(pybind11::module_& m);

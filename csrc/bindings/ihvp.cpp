@@ -446,13 +446,13 @@ Tensor random_projection(const Tensor& x_in, int64_t outputs, int64_t seed, int6
 }  // namespace
 
 void bind_ihvp(pybind11::module_& m) {
-  m.def("glm_hvp", &glm_hvp);
-  m.def("glm_hvp_route", &glm_hvp_route);
-  m.def("lissa", &lissa);
-  m.def("sample_rows", &sample_rows);
-  m.def("influence_scores", &influence_scores);
-  m.def("influence_top_k", &influence_top_k);
-  m.def("random_projection", &random_projection);
+  bind_op(m, "glm_hvp", &glm_hvp);
+  bind_op(m, "glm_hvp_route", &glm_hvp_route);
+  bind_op(m, "lissa", &lissa);
+  bind_op(m, "sample_rows", &sample_rows);
+  bind_op(m, "influence_scores", &influence_scores);
+  bind_op(m, "influence_top_k", &influence_top_k);
+  bind_op(m, "random_projection", &random_projection);
 }
 
 }  // namespace xai

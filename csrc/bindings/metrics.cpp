@@ -225,14 +225,14 @@ Tensor row_norms(const Tensor& x_in) {
 }  // namespace
 
 void bind_metrics(pybind11::module_& m) {
-  m.def("rank_features", &rank_features);
+  bind_op(m, "rank_features", &rank_features);
   using pybind11::arg;
-  m.def("replace_ranked", &replace_ranked, arg("x"), arg("baseline"), arg("ranks"), arg("sample"), arg("first"), arg("last"),
-        arg("ranking") = pybind11::none());
-  m.def("perturb", &perturb);
-  m.def("map_distances", &map_distances);
-  m.def("conciseness", &conciseness);
-  m.def("row_norms", &row_norms);
+  bind_op(m, "replace_ranked", &replace_ranked, arg("x"), arg("baseline"), arg("ranks"), arg("sample"), arg("first"),
+          arg("last"), arg("ranking") = pybind11::none());
+  bind_op(m, "perturb", &perturb);
+  bind_op(m, "map_distances", &map_distances);
+  bind_op(m, "conciseness", &conciseness);
+  bind_op(m, "row_norms", &row_norms);
 }
 
 }  // namespace xai

@@ -447,15 +447,15 @@ Tensor linear_relevance(const Tensor& x_in, const Tensor& weight_in, const Optio
 }  // namespace
 
 void bind_relevance(pybind11::module_& m) {
-  m.def("av_relevance", &av_relevance);
-  m.def("attention_relevance", &attention_relevance);
-  m.def("targeted_rows", &targeted_rows);
-  m.def("softmax_relevance", &softmax_relevance);
-  m.def("skip_relevance", &skip_relevance);
-  m.def("norm_relevance", &norm_relevance);
-  m.def("stabilized_gradient", &stabilized_gradient);
-  m.def("identity_gradient", &identity_gradient);
-  m.def("linear_relevance", &linear_relevance);
+  bind_op(m, "av_relevance", &av_relevance);
+  bind_op(m, "attention_relevance", &attention_relevance);
+  bind_op(m, "targeted_rows", &targeted_rows);
+  bind_op(m, "softmax_relevance", &softmax_relevance);
+  bind_op(m, "skip_relevance", &skip_relevance);
+  bind_op(m, "norm_relevance", &norm_relevance);
+  bind_op(m, "stabilized_gradient", &stabilized_gradient);
+  bind_op(m, "identity_gradient", &identity_gradient);
+  bind_op(m, "linear_relevance", &linear_relevance);
 }
 
 }  // namespace xai

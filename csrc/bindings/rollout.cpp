@@ -50,13 +50,14 @@ Tensor rollout_rows(const Tensor& attention_in, const Tensor& rows_in, const std
   return in_dtype(out, rows_in.scalar_type());
 }
 
-Tensor fuse_heads(const Tensor& attention_in, const std::string& head_fusion, double residual, bool normalize) {
+Tensor fuse_heads(const Tensor& attention_in, const std::string& head_fusion, double residual, bool normalize, bool wide) {
   check_square_4d(attention_in, "attention");
   const c10::DeviceGuard guard(attention_in.device());
   const Tensor attention = with_unit_columns(attention_in);
   const int64_t batch = attention.size(0), heads = attention.size(1), tokens = attention.size(2);
-  const Tensor out = at::empty({batch, tokens, tokens}, attention.options());
-  const FuseHeads p{view_of(attention),     out.mutable_data_ptr(), batch, heads, tokens, residual, normalize,
+  const Tensor out = at::empty({batch, tokens, tokens},
+                               attention.options().dtype(wide ? accumulate_type(attention) : attention.scalar_type()));
+  const FuseHeads p{view_of(attention),     out.mutable_data_ptr(), batch, heads, tokens, residual, normalize, wide,
                     fusion_of(head_fusion), dtype_of(attention)};
   if (out.numel() == 0) return out;
   if (on_gpu(attention)) {
@@ -64,6 +65,39 @@ Tensor fuse_heads(const Tensor& attention_in, const std::string& head_fusion, do
   } else {
     const pybind11::gil_scoped_release release;
     parallel(batch * tokens, double(attention.numel()), [&](int64_t i, int64_t j) { fuse_heads_cpu(p, i, j); });
+  }
+  return out;
+}
+
+// Abar^L ... Abar^1 (B,N,N) in the accumulate type; CPU only.
+Tensor rollout_product(const std::vector<Tensor>& attentions, const std::string& head_fusion, double residual,
+                       bool normalize) {
+  TORCH_CHECK_VALUE(!attentions.empty(), "attentions: expected at least one layer");
+  const Tensor& first = attentions.front();
+  check_square_4d(first, "attentions");
+  std::vector<Tensor> layers;
+  for (const Tensor& layer : attentions) {
+    check_tensor(layer, first.sizes(), first.scalar_type(), first, "attentions");
+    TORCH_CHECK_VALUE(layer.is_cpu(), "attentions: expected CPU tensors, got ", layer.device());
+    layers.push_back(with_unit_columns(layer));
+  }
+  const int64_t batch = first.size(0), heads = first.size(1), tokens = first.size(2);
+  MatrixStep p{
+      {}, nullptr, nullptr, batch, heads, tokens, true, residual, normalize, fusion_of(head_fusion), dtype_of(first)};
+  const MatrixPlan plan = matrix_plan_cpu(p);
+  const auto options = first.options().dtype(accumulate_type(first));
+  const Tensor out = at::empty({batch, tokens, tokens}, options);
+  Tensor matrix, following;  // in panels
+  for (Tensor* const buffer : {&matrix, &following})
+    *buffer = at::empty({batch, plan.panels, tokens, plan.panel_columns}, options);
+  const pybind11::gil_scoped_release release;
+  for (size_t layer = 0; layer < layers.size(); ++layer) {
+    p.attention = view_of(layers[layer]);
+    p.matrix = layer > 0 ? matrix.const_data_ptr() : nullptr;
+    p.out_in_panels = layer + 1 < layers.size();
+    p.out = (p.out_in_panels ? following : out).mutable_data_ptr();
+    parallel(plan.items, double(layers[layer].numel()), [&](int64_t i, int64_t j) { matrix_step_cpu(p, i, j); });
+    std::swap(matrix, following);
   }
   return out;
 }
@@ -146,9 +180,10 @@ Tensor rollout_rows_qk(const Tensor& query_in, const Tensor& key_in, const Tenso
 }  // namespace
 
 void bind_rollout(pybind11::module_& m) {
-  m.def("rollout_rows", &rollout_rows);
-  m.def("fuse_heads", &fuse_heads);
-  m.def("rollout_rows_qk", &rollout_rows_qk);
+  bind_op(m, "rollout_rows", &rollout_rows);
+  bind_op(m, "fuse_heads", &fuse_heads);
+  bind_op(m, "rollout_product", &rollout_product);
+  bind_op(m, "rollout_rows_qk", &rollout_rows_qk);
 }
 
 }  // namespace xai

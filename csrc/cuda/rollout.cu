@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kLongRowThreads)
 }
 
 // attention (B,H,N,N) -> out (B,N,N):  out[b,i,:] = Abar[b,i,:]
-template <class T, bool VECTOR>
+template <class T, bool VECTOR, class Out>
 __global__ void __launch_bounds__(kLongRowThreads)
     fuse_heads_kernel(const FusedRows p, void* out, const RowTileShape shape) {
   const int64_t tiles = (p.tokens + shape.rows - 1) / shape.rows;
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kLongRowThreads)
   const int count = int(min(int64_t(shape.rows), p.tokens - begin));
   RowTile<T, VECTOR> tile(p, shape);
   tile.load(b, begin, count);
-  T* rows = static_cast<T*>(out) + (b * p.tokens + begin) * p.tokens;
+  Out* rows = static_cast<Out*>(out) + (b * p.tokens + begin) * p.tokens;
   tile.for_columns([&](int64_t j, auto value) {
-    for (int i = 0; i < count; ++i) rows[i * p.tokens + j] = T(value(i) * tile.inverse(i));
+    for (int i = 0; i < count; ++i) rows[i * p.tokens + j] = Out(value(i) * tile.inverse(i));
   });
 }
 
@@ -85,12 +85,12 @@ const char* launch_row_step_as(const RowStep& p, void* stream) {
                 nullptr, 0, p.slots, p.n_rows, p.tokens, 0, 1);
 }
 
-template <class T, bool VECTOR>
+template <class T, bool VECTOR, class Out>
 const char* launch_fuse_heads_as(const FuseHeads& p, void* stream) {
   const FusedRows fused{p.attention, p.batch, p.heads, p.tokens, p.residual, p.normalize, p.fusion};
   const RowTileShape shape = row_tile_shape<T, VECTOR>(p.tokens, kRowThreads / kWarp);
   const size_t shared = RowTile<T, VECTOR>::shared_bytes(shape);
-  return launch(fuse_heads_kernel<T, VECTOR>, unsigned(p.batch) * blocks_for(p.tokens, shape.rows), row_threads(shared),
+  return launch(fuse_heads_kernel<T, VECTOR, Out>, unsigned(p.batch) * blocks_for(p.tokens, shape.rows), row_threads(shared),
                 shared, stream, fused, p.out, shape);
 }
 
@@ -414,8 +414,12 @@ const char* launch_fuse_heads(const FuseHeads& p, void* stream) {
   if (p.batch == 0 || p.tokens == 0) return nullptr;
   return with_dtype(p.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    return rows_are_aligned(p.attention, sizeof(T)) ? launch_fuse_heads_as<T, true>(p, stream)
-                                                    : launch_fuse_heads_as<T, false>(p, stream);
+    const auto launch_as = [&](auto out) {
+      using Out = decltype(out);
+      return rows_are_aligned(p.attention, sizeof(T)) ? launch_fuse_heads_as<T, true, Out>(p, stream)
+                                                      : launch_fuse_heads_as<T, false, Out>(p, stream);
+    };
+    return p.wide ? launch_as(Accumulate<T>()) : launch_as(T());
   });
 }
 

@@ -33,12 +33,12 @@ def check_rows(implementation: Implementation, attention: torch.Tensor, rows: to
 
 
 def check_fused(implementation: Implementation, attention: torch.Tensor, *options: object) -> None:
-    actual = implementation("fuse_heads", attention, *options)
-    assert actual.dtype == attention.dtype
-    assert actual.is_contiguous()
-    assert_close_to_reference(
-        actual, reference.fuse_heads(attention.double(), *options), reference.fuse_heads(attention, *options)
-    )
+    exact = reference.fuse_heads(attention.double(), *options)
+    for wide in (False, True):
+        actual = implementation("fuse_heads", attention, *options, wide)
+        assert actual.dtype == (reference.accumulate_dtype(attention.dtype) if wide else attention.dtype)
+        assert actual.is_contiguous()
+        assert_close_to_reference(actual, exact, reference.fuse_heads(attention, *options, wide))
 
 
 @pytest.mark.parametrize("shape", ROW_SHAPES)
@@ -87,7 +87,7 @@ def test_row_that_sums_to_zero_becomes_zero(implementation: Implementation) -> N
     attention = attention_of(1, 2, 8, torch.float32)
     attention[:, :, 3] = 0
     rows = torch.ones(1, 1, 8)
-    out = implementation("fuse_heads", attention, "mean", 0.0, True)
+    out = implementation("fuse_heads", attention, "mean", 0.0, True, False)
     assert out[0, 3].eq(0).all()
     assert torch.allclose(out[0].sum(-1), torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1]))
     check_rows(implementation, attention, rows, "mean", 0.0, True)
@@ -102,7 +102,7 @@ def test_nan_spreads_as_in_a_product(implementation: Implementation, fusion: str
     out = implementation("rollout_rows", attention, rows, fusion, 1.0, True)
     assert out[1].isnan().any()
     assert not out[0].isnan().any()
-    fused = implementation("fuse_heads", attention, fusion, 1.0, False)
+    fused = implementation("fuse_heads", attention, fusion, 1.0, False, False)
     assert fused[1, 5, 7].isnan()
     assert fused.isnan().sum() == 1
 
@@ -117,11 +117,11 @@ def test_extreme_16_bit_values(implementation: Implementation, dtype: torch.dtyp
     finite[finite.isinf()] = 0.5
     for values in (attention, finite / 4):
         exact = values.float().amax(1)
-        assert torch.equal(implementation("fuse_heads", values, "max", 0.0, False).float(), exact)
+        assert torch.equal(implementation("fuse_heads", values, "max", 0.0, False, False).float(), exact)
     halves = torch.arange(64 * 64, dtype=torch.float32).view(1, 1, 64, 64).div(4099).to(dtype)
     pair = torch.cat([halves, halves.flip(-1)], 1)
     expected = (pair.float().sum(1) / 2).to(dtype)
-    assert torch.equal(implementation("fuse_heads", pair, "mean", 0.0, False), expected)
+    assert torch.equal(implementation("fuse_heads", pair, "mean", 0.0, False, False), expected)
 
 
 # (B, H, Hkv, N, D, R); the emulator, which runs one GPU thread after the other, takes the short ones.
@@ -257,7 +257,7 @@ def test_empty_batch_and_no_rows(implementation: Implementation) -> None:
         q = torch.rand(batch, 2, 5, 4)
         out = implementation("rollout_rows_qk", q, q, rows, None, None, None, False, "mean", 1.0, True)
         assert out.shape == (batch, n_rows, 5)
-    assert implementation("fuse_heads", torch.rand(0, 2, 5, 5), "mean", 1.0, True).shape == (0, 5, 5)
+    assert implementation("fuse_heads", torch.rand(0, 2, 5, 5), "mean", 1.0, True, False).shape == (0, 5, 5)
 
 
 @st.composite
@@ -317,7 +317,7 @@ def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> No
     half_q, half_k = q.half(), k.half()
     calls = [
         ("rollout_rows", attention, rows, "mean", 1.0, True),
-        ("fuse_heads", attention, "max", 1.0, True),
+        ("fuse_heads", attention, "max", 1.0, True, False),
         ("rollout_rows_qk", q, k, rows, None, None, None, True, "mean", 1.0, True),
         ("rollout_rows_qk", q, k, rows, None, None, None, False, "mean", 1.0, True),
         ("rollout_rows_qk", half_q, half_k, rows, None, None, None, False, "max", 1.0, True),

@@ -41,7 +41,7 @@ def key() -> torch.Tensor:
 
 def test_opcheck(attention: torch.Tensor, rows: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
     torch.library.opcheck(ops._rollout_rows.overload, (attention, rows, *OPTIONS))
-    torch.library.opcheck(ops._fuse_heads.overload, (attention, *OPTIONS))
+    torch.library.opcheck(ops._fuse_heads.overload, (attention, *OPTIONS, False))
     mask = torch.rand(2, 1, 1, 9) > 0.5
     for extra in ((None, None, None, False), (mask, None, 0.5, True), (None, torch.zeros(2, 4, 9), None, False)):
         torch.library.opcheck(ops._rollout_rows_qk.overload, (query, key, rows, *extra, *OPTIONS))
@@ -207,9 +207,9 @@ def test_compiled_module_refuses_what_would_crash() -> None:
     with pytest.raises(ValueError, match="rows: expected shape"):
         module.rollout_rows(A, R[..., :3], *OPTIONS)
     with pytest.raises(TypeError, match="expected a float32"):
-        module.fuse_heads(A.int(), *OPTIONS)
+        module.fuse_heads(A.int(), *OPTIONS, False)
     with pytest.raises(ValueError, match="head_fusion"):
-        module.fuse_heads(A, "median", 1.0, True)
+        module.fuse_heads(A, "median", 1.0, True, False)
     with pytest.raises(ValueError, match="key: expected as many keys as queries"):
         module.rollout_rows_qk(Q, K[:, :, :4], R, None, None, None, False, *OPTIONS)
 

@@ -459,7 +459,8 @@ def _roll_targeted(
             head_fusion=options["head_fusion"],
             residual=options["residual"],
             normalize=options["normalize"],
-        ).to(accumulate_dtype(layer.dtype))
+            wide=True,
+        )
         rows = matrix if rows is None else torch.bmm(rows, matrix)
     assert rows is not None
     return rows
@@ -484,7 +485,6 @@ def _roll_matrices(
     rows = None if indices is None else _start(layers, indices, batch, tokens)
     for layer in reversed(layers):
         matrix = layer_matrix(layer.probabilities(), discard_ratio=discard_ratio, **options)
-        matrix = matrix.to(accumulate_dtype(layer.dtype))
         rows = matrix if rows is None else torch.bmm(rows.to(matrix), matrix)
     assert rows is not None
     return rows

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
-from ..ops.rollout import MANY_ROWS, fuse_heads, rollout_rows
+from ..ops._library import outside_autocast
+from ..ops.rollout import MANY_ROWS, fuse_heads, rollout_product, rollout_rows
 
 Token = int | Sequence[int] | Tensor | None
 
@@ -88,10 +89,10 @@ def discard_smallest(fused: Tensor, ratio: float) -> Tensor:
 
 
 def layer_matrix(attention: Tensor, head_fusion: str, residual: float, normalize: bool, discard_ratio: float) -> Tensor:
-    """Abar (B, N, N) of one layer, with the smallest fused entries dropped before the residual if asked."""
+    """Abar (B, N, N) of one layer, accumulate type, its smallest fused entries dropped before the residual if asked."""
     if discard_ratio == 0:
-        return fuse_heads(attention, head_fusion=head_fusion, residual=residual, normalize=normalize)
-    fused = fuse_heads(attention, head_fusion=head_fusion, residual=0.0, normalize=False)
+        return fuse_heads(attention, head_fusion=head_fusion, residual=residual, normalize=normalize, wide=True)
+    fused = fuse_heads(attention, head_fusion=head_fusion, residual=0.0, normalize=False, wide=True)
     kept = discard_smallest(fused, discard_ratio)
     return fuse_heads(kept.unsqueeze(1), residual=residual, normalize=normalize)
 
@@ -211,11 +212,13 @@ def attention_rollout(
     discard_ratio = check_discard_ratio(discard_ratio)
     check.check_head_fusion(head_fusion)
     residual = check.check_residual(residual)
-    options = {"head_fusion": head_fusion, "residual": residual, "normalize": bool(normalize)}
+    options: dict[str, Any] = {"head_fusion": head_fusion, "residual": residual, "normalize": bool(normalize)}
 
     wanted = layers[start_layer:]
     many = indices is None or len(indices) >= MANY_ROWS
-    if many or discard_ratio > 0:
+    if indices is None and discard_ratio == 0:
+        rows = rollout_product(wanted, **options)
+    elif many or discard_ratio > 0:
         rows = _product_of_matrices(wanted, indices, batch, tokens, discard_ratio, options)
     else:
         rows = _product_of_rows(wanted, indices, batch, tokens, options)
@@ -233,14 +236,14 @@ def _product_of_rows(
     return rows
 
 
+@outside_autocast
 def _product_of_matrices(
     layers: list[Tensor], indices: list[int] | None, batch: int, tokens: int, discard_ratio: float, options: dict[str, Any]
 ) -> Tensor:
     """rows <- rows Abar^l for l = L..1 with the matrices built; from the right end for all tokens."""
-    dtype = accumulate_dtype(layers[0].dtype)
     rows: Tensor | None = None if indices is None else start_rows(indices, batch, tokens, layers[0])
     for layer in reversed(layers):
-        matrix = layer_matrix(layer, discard_ratio=discard_ratio, **options).to(dtype)
+        matrix = layer_matrix(layer, discard_ratio=discard_ratio, **options)
         rows = matrix if rows is None else torch.bmm(rows, matrix)
     assert rows is not None
     return rows

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _backend
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 LIBRARY = torch.library.Library("xai_fast", "DEF")
 
 # Device types that the compiled module has kernels for.
 KERNEL_DEVICES = ("cpu", "cuda") if _backend.HAS_CUDA_KERNELS else ("cpu",)
+
+
+def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` of tensors, or sequences of them, outside of the caller's autocast, whose products would be 16-bit."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(device for device in map(_device_type, args) if device)
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _device_type(argument: Any) -> str | None:
+    first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+    return first.device.type if isinstance(first, Tensor) else None
 
 
 class Op:
@@ -32,7 +56,9 @@ class Op:
         Devices without a kernel run ``reference`` and say so once.
         """
         name = schema.split("(", 1)[0]
-        self.reference = reference
+        self.reference = outside_autocast(reference)
+        if isinstance(kernel, FunctionType):  # made of torch's ops, which would record a gradient of their own
+            kernel = torch.no_grad()(outside_autocast(kernel))
         self.kernel = kernel
         LIBRARY.define(schema)
         LIBRARY.impl(name, self._fallback, "CompositeExplicitAutograd")
@@ -44,7 +70,8 @@ class Op:
 
     def _fallback(self, *args: Any) -> Any:
         _backend.warn_fallback(args[0].device.type)
-        return self.reference(*args)
+        with torch.no_grad():
+            return self.reference(*args)
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler differentiates the reference itself

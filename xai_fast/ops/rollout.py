@@ -8,6 +8,7 @@ on the left, Abar^L ... Abar^1; a row of that product needs only ``r <- r Abar^l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import _backend
 from ..reference import rollout as reference
 from . import _checks as check
-from ._library import Op
+from ._library import Op, outside_autocast
 
 # From this many rows on, the fused matrix and one GEMM beat a pass over the attention for every group of rows.
 MANY_ROWS = 24
@@ -26,9 +27,8 @@ _C = _backend.C
 
 def _rollout_rows_kernel(attention: Tensor, rows: Tensor, head_fusion: str, residual: float, normalize: bool) -> Tensor:
     if rows.shape[1] >= MANY_ROWS:
-        fused = fuse_heads(attention, head_fusion=head_fusion, residual=residual, normalize=normalize)
-        wide = reference.accumulate_dtype(attention.dtype)
-        return torch.bmm(rows.to(wide), fused.to(wide)).to(rows.dtype)
+        fused = _C.fuse_heads(attention, head_fusion, residual, normalize, True)
+        return torch.bmm(rows.to(fused.dtype), fused).to(rows.dtype)
     return _C.rollout_rows(attention, rows, head_fusion, residual, normalize)
 
 
@@ -40,11 +40,12 @@ _rollout_rows = Op(
 )
 
 _fuse_heads = Op(
-    "fuse_heads(Tensor attention, str head_fusion, float residual, bool normalize) -> Tensor",
+    "fuse_heads(Tensor attention, str head_fusion, float residual, bool normalize, bool wide) -> Tensor",
     reference.fuse_heads,
     _C and _C.fuse_heads,
-    lambda attention, head_fusion, residual, normalize: attention.new_empty(
-        (attention.shape[0], attention.shape[2], attention.shape[3])
+    lambda attention, head_fusion, residual, normalize, wide: attention.new_empty(
+        (attention.shape[0], attention.shape[2], attention.shape[3]),
+        dtype=reference.accumulate_dtype(attention.dtype) if wide else attention.dtype,
     ),
 )
 
@@ -106,7 +107,14 @@ def rollout_rows(
     return _rollout_rows(attention, rows, head_fusion, residual, bool(normalize))
 
 
-def fuse_heads(attention: Tensor, *, head_fusion: str = "mean", residual: float = 1.0, normalize: bool = True) -> Tensor:
+def fuse_heads(
+    attention: Tensor,
+    *,
+    head_fusion: str = "mean",
+    residual: float = 1.0,
+    normalize: bool = True,
+    wide: bool = False,
+) -> Tensor:
     """The matrix of one layer, ``Abar = norm(w I + fuse_h A_h)``: one read of the attention, one N x N write.
 
     Parameters
@@ -114,11 +122,13 @@ def fuse_heads(attention: Tensor, *, head_fusion: str = "mean", residual: float 
     attention : Tensor, shape (B, H, N, N)
     head_fusion, residual, normalize
         As in :func:`rollout_rows`.
+    wide : bool
+        Leave the matrix of 16-bit attention in float32, for products that round once.
 
     Returns
     -------
     Tensor, shape (B, N, N)
-        In the dtype of ``attention``.
+        In the dtype of ``attention``; see ``wide``.
 
     Raises
     ------
@@ -139,7 +149,26 @@ def fuse_heads(attention: Tensor, *, head_fusion: str = "mean", residual: float 
     check.check_attention(attention)
     check.check_head_fusion(head_fusion)
     residual = check.check_residual(residual)
-    return _fuse_heads(attention, head_fusion, residual, bool(normalize))
+    return _fuse_heads(attention, head_fusion, residual, bool(normalize), bool(wide))
+
+
+@outside_autocast
+def rollout_product(layers: Sequence[Tensor], *, head_fusion: str, residual: float, normalize: bool) -> Tensor:
+    """``Abar^L ... Abar^1``, shape (B, N, N), in the accumulate type, of checked layers (B, H, N, N), first layer first.
+
+    On the CPU a layer is one pass: rows of the attention are fetched and fused while those before them are multiplied.
+    Gradients, traces and other devices take :func:`fuse_heads` and a matrix product for each layer.
+    """
+    options = (head_fusion, residual, normalize)
+    plain = _C is not None and not torch.compiler.is_compiling() and _C.callable_directly(tuple(layers))
+    if plain and layers[0].device.type == "cpu":
+        return _C.rollout_product(layers, *options)
+    product: Tensor | None = None
+    for layer in reversed(layers):
+        matrix = _fuse_heads(layer, *options, True)
+        product = matrix if product is None else torch.bmm(product, matrix)
+    assert product is not None
+    return product
 
 
 def _check_streamed(query: Any, key: Any, rows: Any) -> None:

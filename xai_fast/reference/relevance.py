@@ -186,7 +186,7 @@ def linear_relevance(
         share_down = -beta * _ratio(r, down + b.clamp(max=0), eps)
         out = _signed_return(rows, w, share_up, share_down)
     elif rule == "flat":
-        out = (r.sum(-1, keepdim=True) / rows.shape[-1]).expand_as(rows)
+        out = (r.sum(-1, keepdim=True) / rows.shape[-1]).repeat(1, rows.shape[-1])
     elif rule == "wsquare":
         squared = w.square()
         out = _ratio(r, squared.sum(-1), eps) @ squared

@@ -43,9 +43,10 @@ def _mixed(attention: Tensor, head_fusion: str, residual: float, normalize: bool
     return torch.where(empty, 0.0, mixed / torch.where(empty, 1.0, total))
 
 
-def fuse_heads(attention: Tensor, head_fusion: str, residual: float, normalize: bool) -> Tensor:
-    """Abar (B,N,N) of attention (B,H,N,N)."""
-    return _mixed(attention, head_fusion, residual, normalize).to(attention.dtype)
+def fuse_heads(attention: Tensor, head_fusion: str, residual: float, normalize: bool, wide: bool = False) -> Tensor:
+    """Abar (B,N,N) of attention (B,H,N,N), in its dtype; in the accumulate type if ``wide``."""
+    mixed = _mixed(attention, head_fusion, residual, normalize)
+    return mixed if wide else mixed.to(attention.dtype)
 
 
 def rollout_rows(attention: Tensor, rows: Tensor, head_fusion: str, residual: float, normalize: bool) -> Tensor:
