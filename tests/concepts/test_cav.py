@@ -241,3 +241,28 @@ def test_gram_matrix_of_many_sets() -> None:
     wanted = torch.stack([rows @ rows.T for rows in x])
     torch.testing.assert_close(data.gram(members), wanted, rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(torch.stack([data._product([data.sets[s] for s in group]) for group in members]), wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exponent", [-1000, -700, 660, 1010])
+@pytest.mark.parametrize("d", [4, 60])
+def test_scales_at_the_ends_of_float64(method: str, exponent: int, d: int) -> None:
+    positive, negative = (x.double() for x in two_sets(20, 20, d))
+    wanted = fit_cav(positive, negative, method=method, generator=torch.Generator().manual_seed(0))
+    scale = 2.0**exponent
+    found = fit_cav(positive * scale, negative * scale, method=method, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.vector, wanted.vector, rtol=1e-12, atol=1e-12)
+    assert found.accuracy == wanted.accuracy
+    assert found.bias / scale == pytest.approx(wanted.bias, rel=1e-9)
+
+
+def test_arrays_as_numpy_has_them() -> None:
+    positive, negative = (x.numpy() for x in two_sets(20, 20, 4))
+    wanted = fit_cav(positive, negative).vector
+    swapped = [x.astype(x.dtype.newbyteorder(">")) for x in (positive, negative)]
+    assert torch.equal(fit_cav(*swapped).vector, wanted)
+    torch.testing.assert_close(fit_cav(positive[:, ::-1], negative[:, ::-1]).vector.flip(0), wanted)
+    with pytest.raises(TypeError, match="positive: expected an array of numbers, got dtype <U1"):
+        fit_cav(np.array([["a"]]), negative)
+    with pytest.raises(TypeError, match=r"generator: expected a torch.Generator or None, got int"):
+        fit_cav(positive, negative, generator=3)

@@ -80,3 +80,17 @@ def test_grid_refuses(cosine: object, k: int, message: str) -> None:
 def test_grid_shows_no_negative_zero() -> None:
     figure = concept_grid(torch.rand(2, 3, 4, 4), torch.tensor([0.3, -0.001]), k=1)
     assert [axis.get_xlabel() for axis in figure.axes] == ["0.30", "0.00"]
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e200, 1e-200, 5e-324])
+def test_cosine_at_the_ends_of_float64(scale: float) -> None:
+    x = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64) * scale
+    for vector in (torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([scale, 0.0], dtype=torch.float64)):
+        torch.testing.assert_close(sort_by_concept(x, vector)[1], torch.tensor([0.5**0.5, 0.0], dtype=torch.float64))
+
+
+def test_arrays_as_numpy_has_them() -> None:
+    x = np.array([[0.0, 2.0], [3.0, 1.0]])
+    assert sort_by_concept(x.astype(">f8"), torch.tensor([1.0, 0.0]))[0].tolist() == [1, 0]
+    with pytest.raises(TypeError, match="activations: expected an array of numbers"):
+        sort_by_concept(np.array([["a"]]), torch.ones(1))

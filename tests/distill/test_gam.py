@@ -479,6 +479,7 @@ ROWS = torch.rand(100, 3)
         (additive, ROWS, {"sample_weight": -torch.ones(100)}, ValueError, "sample_weight: expected finite"),
         (lambda x: x, ROWS, {"target": 3}, ValueError, "target: expected a whole number from 0 to 2"),
         (additive, ROWS, {"max_order": 4}, ValueError, "max_order"),
+        (additive, ROWS, {"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
     ],
 )
 def test_errors(teacher: object, X: object, options: dict, error: type[Exception], words: str) -> None:

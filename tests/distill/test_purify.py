@@ -155,3 +155,12 @@ def test_model_predicts_the_same_after_purification(basis: str) -> None:
     assert pure.moved[2] > 0.01
     again = pure.purify()
     assert max(again.moved.values()) < 1e-25
+
+
+def test_arrays_as_numpy_has_them() -> None:
+    scores, weights = np.random.default_rng(0).random((3, 4)), np.ones((3, 4))
+    wanted = purify(scores, weights)[0]
+    assert torch.equal(purify(scores.astype(">f8"), weights.astype(">i4"))[0], wanted)
+    assert torch.equal(purify(scores[::-1], weights[::-1])[0].flip(0), purify(scores[::-1].copy(), weights)[0].flip(0))
+    with pytest.raises(TypeError, match="scores: expected an array of numbers, got dtype <U1"):
+        purify(np.array([["a"]]), np.ones((1, 1)))

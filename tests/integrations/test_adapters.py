@@ -182,3 +182,9 @@ def test_quantus_refusals() -> None:
         from_quantus(3, None)
     with pytest.raises(TypeError, match="explain_func: expected an array of numbers, got dtype object"):
         from_quantus(lambda model, inputs, targets: None, None)(torch.ones(1, 2))
+
+
+def test_captum_takes_one_tensor() -> None:
+    x = torch.ones(2, 2)
+    with pytest.raises(TypeError, match=r"inputs: expected a torch.Tensor, got tuple"):
+        captum_explainer(Method(lambda z: z))((x, x))  # type: ignore[arg-type]

@@ -377,6 +377,11 @@ def test_callables_chunks_arrays_and_untouched_inputs() -> None:
     assert whole(x[:1]).shape == (1, 4)
 
 
+def test_weights_that_are_no_numbers() -> None:
+    with pytest.raises(TypeError, match=r"weights: expected a torch.Tensor or numbers, got str"):
+        aggregate(torch.rand(2, 3, 4), weights="ab")  # type: ignore[arg-type]
+
+
 def test_errors_of_the_smoothed_explainer() -> None:
     reference = torch.randn(5, 3)
     for k in (0, 6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,7 @@ def test_nan_stays() -> None:
         ((1.5, 0.5), "pos_fidelity: expected values from 0 to 1"),
         ((0.5, torch.tensor([-0.5])), "neg_fidelity: expected values from 0 to 1"),
         (("0.5", 0.5), "pos_fidelity: expected a number or a torch.Tensor"),
+        ((torch.rand(3), torch.rand(4)), r"neg_fidelity: expected a shape that broadcasts with pos_fidelity \(3,\)"),
     ],
 )
 def test_bad_scores(arguments: tuple[Any, ...], message: str) -> None:
@@ -68,3 +70,13 @@ def test_bad_scores(arguments: tuple[Any, ...], message: str) -> None:
 def test_bad_curves(minus: list[float], x: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fidelity_curve_auc(torch.tensor([0.5, 0.5]), torch.tensor(minus), torch.tensor(x))
+
+
+@pytest.mark.parametrize("weight", [1e308, 5e-324])
+def test_only_the_ratio_of_the_weights_counts(weight: float) -> None:
+    assert characterization_score(0.5, 0.2, weight, weight) == characterization_score(0.5, 0.2)
+    assert characterization_score(0.5, 0.2, weight, 1.0) == pytest.approx(0.5 if weight > 1 else 0.8)
+
+
+def test_a_number_of_numpy() -> None:
+    assert characterization_score(np.float32(0.5), 0.25) == characterization_score(0.5, 0.25)

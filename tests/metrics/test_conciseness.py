@@ -157,6 +157,8 @@ def test_errors() -> None:
         size(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="array of numbers"):
         size(np.array([["a"]]))
+    with pytest.raises(TypeError, match=r"attributions: expected a dense tensor, got one of layout torch\.sparse_coo"):
+        gini(a.to_sparse())
     for bad in (torch.ones(3), torch.ones(2, 0)):
         with pytest.raises(ValueError, match="attributions: expected shape"):
             entropy(bad)
@@ -168,3 +170,18 @@ def test_errors() -> None:
         entropy(a, base=0)
     with pytest.raises(ValueError, match="base: expected a number other than 1"):
         entropy(a, base=1)
+
+
+@pytest.mark.parametrize("value", [1e308, 1e306, 1e-310, 5e-324])
+def test_the_ends_of_float64(value: float) -> None:
+    """Beside an ordinary map, which keeps its bits."""
+    ordinary = torch.tensor([1.0, 3.0, 0.0, 2.5], dtype=torch.float64)
+    a = torch.stack([torch.full((4,), value, dtype=torch.float64), ordinary, ordinary * 0])
+    found = conciseness(a)
+    assert found.size.tolist() == [4, 3, 0]
+    assert found.gini[0].item() == pytest.approx(0, abs=1e-15)
+    assert found.entropy[0].item() == pytest.approx(math.log(4), rel=1e-15)
+    assert torch.equal(entropy(a), found.entropy)
+    alone = conciseness(a[1:])
+    assert torch.equal(alone.gini, found.gini[1:])
+    assert torch.equal(alone.entropy, found.entropy[1:])

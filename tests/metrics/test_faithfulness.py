@@ -211,9 +211,35 @@ def test_images_with_patches() -> None:
         (infidelity, {"perturb_func": 3}, "perturb_func: expected a callable"),
         (infidelity, {"radius": 0.0}, "radius: expected a number above 0"),
         (infidelity, {"n_perturb_samples": 0}, "n_perturb_samples: expected a whole number"),
+        (infidelity, {"max_examples_per_batch": 0}, "max_examples_per_batch: expected a whole number"),
     ],
 )
 def test_bad_input(function: Any, change: dict[str, Any], message: str) -> None:
     forward, x, maps = data()
     with pytest.raises((ValueError, TypeError), match=message):
         function(forward, x, maps, **change)
+
+
+@pytest.mark.parametrize("measure", [feature_correlation, monotonicity, faithfulness_correlation])
+@pytest.mark.parametrize("own", [False, True])
+def test_group_numbers_only_name_groups(measure: Any, own: bool) -> None:
+    """Where they start and what they leave out changes nothing, for one mask and for one for each sample."""
+    forward, x, maps = data()
+    mask = torch.arange(F) // 2
+    mask = torch.stack([mask.roll(i) for i in range(B)]) if own else mask
+    options = {"generator": seeded(0)} if measure is faithfulness_correlation else {}
+    wanted = measure(forward, x, maps, feature_mask=mask, **options)
+    for renamed in (mask + 1, 3 * mask, mask * 10**12, (mask + 100).to(torch.uint8)):
+        options = {"generator": seeded(0)} if options else {}
+        assert torch.equal(measure(forward, x, maps, feature_mask=renamed, **options), wanted)
+
+
+@pytest.mark.parametrize("value", [torch.arange(1.0, B + 1), 0.0])
+def test_infidelity_takes_one_argument_that_is_no_tuple(value: Any) -> None:
+    _, x, maps = data()
+
+    def forward(z: Tensor, scale: Any) -> Tensor:
+        return z.sum(1) * scale
+
+    found = infidelity(forward, x, maps, additional_forward_args=value, generator=seeded(0))
+    torch.testing.assert_close(found, infidelity(forward, x, maps, additional_forward_args=(value,), generator=seeded(0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -322,6 +323,16 @@ def test_scores_of_classes_and_of_probabilities() -> None:
         ({"batch_size": 0}, "batch_size: expected a whole number"),
         ({"generator": 3}, "generator: expected a torch.Generator"),
         ({"forward": lambda x: x[:, 0]}, "forward: expected class scores"),
+        ({"forward": lambda x: x[:, :0]}, "forward: expected outputs of shape"),
+        ({"inputs": torch.zeros(B, F).to_sparse()}, "inputs: expected a dense tensor, got one of layout"),
+        ({"attributions": torch.zeros(B, F).to_sparse()}, "attributions.*: expected a dense tensor"),
+        ({"labels": "cat"}, "labels: expected a torch.Tensor or numbers, got str"),
+        ({"labels": 0.5}, "labels: expected whole class numbers"),
+        ({"sparsity": True}, "sparsity: expected a number, got bool"),
+        ({"top_k": np.bool_(True)}, "top_k: expected a whole number, got bool"),
+        ({"sparsity": "half"}, "sparsity: expected a number or a sequence of numbers, got str"),
+        ({"threshold": object()}, "threshold: expected a number or a sequence of numbers, got object"),
+        ({"baseline": 10**400}, "baseline: expected a number that torch.float64"),
         ({"forward": lambda x: x[:1]}, "forward: expected outputs of shape"),
         ({"forward": lambda x: [x.long()]}, "forward: expected it to return a floating tensor"),
     ],
@@ -334,3 +345,89 @@ def test_bad_input_is_said_in_one_line(change: dict[str, Any], message: str) -> 
     with pytest.raises((ValueError, TypeError), match=message) as error:
         fidelity(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"top_k": np.int64(2)}, {"top_k": 2}),
+        ({"top_k": torch.tensor(2)}, {"top_k": 2}),
+        ({"top_k": torch.tensor([1, 2])}, {"top_k": [1, 2]}),
+        ({"sparsity": np.float32(0.5)}, {"sparsity": 0.5}),
+        ({"sparsity": torch.tensor(0.5)}, {"sparsity": 0.5}),
+        ({"sparsity": np.array([0.5, 0.25])}, {"sparsity": [0.5, 0.25]}),
+        ({"threshold": np.float64(0.1), "baseline": np.int64(1)}, {"threshold": 0.1, "baseline": 1.0}),
+        ({"labels": [0] * B, "kind": "phenomenon"}, {"labels": torch.zeros(B).long(), "kind": "phenomenon"}),
+    ],
+)
+def test_numbers_of_numpy_and_torch(given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    forward, x, maps, _ = data()
+    found, same = fidelity(forward, x, maps, **given), fidelity(forward, x, maps, **wanted)
+    assert torch.equal(found.fid_plus, same.fid_plus)
+    assert torch.equal(found.fid_minus, same.fid_minus)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.int64, 2.9),
+        (torch.int64, float("nan")),
+        (torch.int64, float("inf")),
+        (torch.int64, 2**63),
+        (torch.uint8, -1),
+        (torch.uint8, 256),
+        (torch.bool, 2),
+        (torch.float16, 1e6),
+    ],
+)
+def test_a_baseline_that_inputs_cannot_hold(dtype: torch.dtype, value: float) -> None:
+    x, maps = torch.ones(2, 3, dtype=dtype), torch.rand(2, 3)
+    for baseline in (value, lambda _: value):
+        with pytest.raises(ValueError, match=f"baseline: expected a number that {dtype}, the dtype of inputs, can hold"):
+            fidelity(lambda z: z.double(), x, maps, baseline=baseline)
+
+
+def test_whole_numbers_keep_their_baseline() -> None:
+    seen = []
+
+    def forward(z: Tensor) -> Tensor:
+        seen.append(z.clone())
+        return z.double()
+
+    x, maps = torch.full((2, 3), 7), torch.rand(2, 3)
+    fidelity(forward, x, maps, top_k=3, baseline=2.0)
+    assert torch.cat(seen).unique().tolist() == [2, 7]
+    with pytest.raises(TypeError, match=r"soft: expected False for inputs of torch.int64"):
+        fidelity(forward, x, maps, soft=True)
+
+
+def test_an_area_needs_several_selections() -> None:
+    forward, x, maps, _ = data()
+    for sparsity in (0.5, [0.5]):
+        with pytest.raises(ValueError, match="sparsity: expected several selections"):
+            fidelity(forward, x, maps, sparsity=sparsity).area()
+
+
+def test_scores_of_lists_and_booleans() -> None:
+    y_hat, removed, kept = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1])
+    wanted = fidelity_scores(torch.tensor([0, 0, 1]), y_hat, removed, kept, kind="phenomenon")
+    assert fidelity_scores([0, 0, 1], y_hat, removed, kept, kind="phenomenon") == wanted  # type: ignore[arg-type]
+    assert fidelity_scores(None, y_hat > 0, removed > 0, kept > 0) == fidelity_scores(None, y_hat, removed, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.tensor([-1, 1])}, "y: expected classes of at least 0, got -1 to 1"),
+        ({"y": torch.tensor([0.5, 1.0])}, "y: expected whole class numbers, got torch.float32"),
+        ({"y": "ab"}, "y: expected a torch.Tensor or numbers, got str"),
+        ({"y": [0, 1, 1]}, r"y: expected shape \(2,\)"),
+        ({"y_hat_removed": torch.tensor([0.9, 0.2])}, "y_hat_removed: expected whole class numbers"),
+        ({"y_hat_kept": torch.tensor([0, -2])}, "y_hat_kept: expected classes of at least 0"),
+        ({name: torch.zeros(2, 0) for name in ("y_hat", "y_hat_removed", "y_hat_kept")}, "y_hat: expected classes"),
+    ],
+)
+def test_bad_classes_of_scores(change: dict[str, Any], message: str) -> None:
+    y = torch.tensor([0, 1])
+    with pytest.raises((ValueError, TypeError), match=message):
+        fidelity_scores(**{"y": y, "y_hat": y, "y_hat_removed": y, "y_hat_kept": y, "kind": "phenomenon", **change})

@@ -297,6 +297,8 @@ def test_write_replaces_and_leaves_no_parts(tmp_path: Path, monkeypatch: pytest.
         (lambda: _form(seed=-1), ValueError, "seed: expected a whole number"),
         (lambda: _form(n_versions=0), ValueError, "n_versions: expected a whole number of at least 1, got 0"),
         (lambda: _form(submit_url="javascript:alert(1)"), ValueError, "submit_url: expected an http"),
+        (lambda: _form(ClassQuestion(ColoredText(WORDS, [1, 0]), ("a", "b"), answer="a")), TypeError, "questions: expected"),
+        (lambda: _form(checks=3), TypeError, "checks: expected several AttentionCheck, got int"),
         (lambda: _form(image_format="gif"), ValueError, "image_format: expected 'png' or 'jpeg', got 'gif'"),
         (lambda: _form().html(2), ValueError, "version: expected a whole number from 1 to 1, got 2"),
         (
@@ -326,3 +328,17 @@ def test_a_check_may_not_take_a_question_name() -> None:
     check = AttentionCheck("x", ("a", "b"), answer="a", id="cat-0")
     with pytest.raises(ValueError, match="checks: expected names that no question has, got id 'cat-0' twice"):
         _form(checks=[check])
+
+
+def test_where_answers_may_go_to() -> None:
+    for url in ("/", "/submit?a=1", "http://a", "https://example.org/submit"):
+        assert _form(submit_url=url).html()
+
+
+@pytest.mark.parametrize(
+    "url", ["//evil.com", "/\\evil.com", "/a\n", "/a b", "/a\tb", "/\u2028", "https://a.org/\r", "http://a\x00", "http:///a"]
+)
+def test_where_answers_may_not_go_to(url: str) -> None:
+    with pytest.raises(ValueError, match=r"submit_url: expected an http.* a single '/', without spaces") as caught:
+        _form(submit_url=url)
+    assert "\n" not in str(caught.value)

@@ -327,3 +327,9 @@ def test_other_arguments_are_checked() -> None:
         score([Answer("p", 1, "x", "cat", 1, 1)], MANIFEST)
     with pytest.raises(ValueError, match=r"answers: expected one answer to '.*' by participant 'p', got two"):
         score([*answers, answers[0]], MANIFEST)
+    with pytest.raises(TypeError, match="answers: expected a sequence of Answer, got str"):
+        score("abc", MANIFEST)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="answers: expected Answer, got str"):
+        score(["abc"], MANIFEST)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="sources: expected a path, a text file or several, got int"):
+        read_answers(3, MANIFEST)  # type: ignore[arg-type]

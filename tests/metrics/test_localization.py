@@ -156,3 +156,10 @@ def test_pointing_errors() -> None:
         pointing_game(a, a > 0, -1)
     with pytest.raises(ValueError, match="distance: expected one of"):
         pointing_game(a, a > 0, distance="l7")
+
+
+@pytest.mark.parametrize("value", [1e308, 5e-324])
+def test_shares_at_the_ends_of_float64(value: float) -> None:
+    a = torch.full((1, 2), value, dtype=torch.float64)
+    assert relevance_mass(a, row(1, 0)).item() == 0.5
+    assert relevance_mass(-a, row(1, 0), positive=False).item() == 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -95,6 +96,16 @@ def test_literal_form_of_a_model() -> None:
     assert float(found.relative_loss) == pytest.approx(math.log(wanted[1] / wanted[0]) / math.log(wanted[0]))
 
 
+def own_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def test_lists_of_labels_for_a_loss_of_ones_own() -> None:
+    model, x, y = data()
+    found = [relative_performance_loss(model, x, labels, [[0]], loss=own_loss) for labels in (y, y.tolist(), y.numpy())]
+    assert found[0].loss == found[1].loss == found[2].loss
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -108,6 +119,15 @@ def test_literal_form_of_a_model() -> None:
         ({"loss": "mse"}, "loss: expected 'log_loss' or a callable"),
         ({"loss": lambda out, y: out.sum()}, "loss: expected it to return one value a sample"),
         ({"inputs": [], "labels": None}, "inputs: expected at least one batch"),
+        ({"inputs": np.zeros((N, F))}, r"inputs: expected a torch.Tensor or batches \(x, y\), got ndarray"),
+        ({"inputs": None}, r"inputs: expected a torch.Tensor or batches \(x, y\), got NoneType"),
+        ({"inputs": [torch.zeros(N, F)]}, r"inputs: expected batches \(x, y\), got Tensor"),
+        ({"features": ["abc"]}, r"features\['0'\]: expected a torch.Tensor or numbers, got str"),
+        ({"features": {"a": None}}, r"features\['a'\]: expected a torch.Tensor or numbers, got NoneType"),
+        ({"labels": "ab"}, "labels: expected a torch.Tensor or numbers, got str"),
+        ({"labels": torch.zeros(3), "loss": own_loss}, f"labels: expected one for each of the {N} samples"),
+        ({"labels": torch.zeros(2 * N), "loss": own_loss}, f"labels: expected one for each of the {N} samples"),
+        ({"labels": object(), "loss": own_loss}, "labels: expected a torch.Tensor or numbers, got object"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
@@ -120,3 +140,8 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 def test_bad_losses() -> None:
     with pytest.raises(ValueError, match="pruned_loss: expected losses of at least 0"):
         relative_loss(0.5, -0.5)
+    with pytest.raises(ValueError, match=r"pruned_loss: expected a shape that broadcasts with loss \(2,\), got \(3,\)"):
+        relative_loss(torch.ones(2), torch.ones(3))
+    with pytest.raises(TypeError, match=r"loss: expected a number or a torch.Tensor, got bool"):
+        relative_loss(True, 1.0)
+    assert relative_loss(np.float32(0.5), np.int64(1)) == 1.0

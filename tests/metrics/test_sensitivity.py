@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.metrics.models import classifier
-from xai_fast.metrics import sensitivity, sensitivity_max
+from xai_fast.metrics import gradient_explanation, integrated_gradients, sensitivity, sensitivity_max
+from xai_fast.metrics.study import StudyContext, run_study
 from xai_fast.ops import perturb
 
 B, F, C, RADIUS, ROUNDS = 6, 5, 3, 0.8, 40
@@ -193,6 +195,11 @@ def test_sensitivity_max_default_noise_is_in_the_cube() -> None:
         ({"explanation": 3}, "explanation: expected a callable"),
         ({"forward": lambda x: x.sum(1)}, "forward: expected class scores"),
         ({"target": 9}, "target: expected classes"),
+        ({"norm_ord": [2]}, r"norm_ord: expected 2 or inf, got \[2\]"),
+        ({"distance": lambda a, b: (a - b).norm()}, r"distance: expected it to return one value a map, .* got shape \(\)"),
+        ({"distance": lambda a, b: a - b}, "distance: expected it to return one value a map"),
+        ({"distance": lambda a, b: 1.0}, "distance: .* got float"),
+        ({"explanation": gradient_explanation(classifier(F, C), torch.zeros(2).long())}, r"target: expected shape \(6,\)"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
@@ -200,3 +207,69 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     arguments = {"explanation": explain, "forward": model, "inputs": x, "radius": 1.0, **change}
     with pytest.raises((ValueError, TypeError), match=message):
         sensitivity(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"explanation_func": None}, "explanation_func: expected a callable, got NoneType"),
+        ({"inputs": ()}, "inputs: expected at least one tensor"),
+        ({"inputs": (torch.ones(2, 3), torch.ones(3, 3))}, "inputs: expected tensors of one batch size"),
+        ({"norm_ord": [1]}, r"norm_ord: expected 'fro', 1, 2 or inf, got \[1\]"),
+        ({"norm_ord": True}, "norm_ord: expected 'fro', 1, 2 or inf, got True"),
+        ({"max_examples_per_batch": 0}, "max_examples_per_batch: expected a whole number"),
+    ],
+)
+def test_bad_input_of_sensitivity_max(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        sensitivity_max(**{"explanation_func": lambda x: x, "inputs": torch.ones(2, 3), **change})
+
+
+# ---- the explainers of this package --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explainer", [gradient_explanation, integrated_gradients])
+@pytest.mark.parametrize("target", [2, np.int64(2), torch.arange(B) % C, (torch.arange(B) % C).tolist()])
+def test_explainers_keep_the_class(explainer: Any, target: Any) -> None:
+    """Given here or when the explainer was made, for one class and for one of each sample, in any chunks."""
+    model, _, x = data()
+    classes = torch.as_tensor(target).expand(B)
+
+    def wanted(z: Tensor, target: Tensor) -> Tensor:
+        return explainer(model).maps(z, target)
+
+    options: dict[str, Any] = {"radius": RADIUS, "n_samples": 5}
+    expected = sensitivity(wanted, model, x, target=classes, generator=seeded(), **options)
+    for batch_size in (None, 4):
+        options["batch_size"] = batch_size
+        handed = sensitivity(explainer(model), model, x, target=target, generator=seeded(), **options)
+        made = sensitivity(explainer(model, target), model, x, generator=seeded(), **options)
+        torch.testing.assert_close(handed.max, expected.max)
+        torch.testing.assert_close(made.max, expected.max)
+    as_captum: dict[str, Any] = {"generator": seeded(), "max_examples_per_batch": 4}
+    expected_max = sensitivity_max(wanted, x, target=classes, **as_captum)
+    for function, more in ((explainer(model), {"target": target}), (explainer(model, target), {})):
+        as_captum["generator"] = seeded()
+        torch.testing.assert_close(sensitivity_max(function, x, **as_captum, **more), expected_max)
+
+
+def test_the_class_of_the_call_goes_first() -> None:
+    model, _, x = data()
+    assert torch.equal(gradient_explanation(model, 0)(x, 1), gradient_explanation(model, 1)(x))
+    assert torch.equal(gradient_explanation(model, 0)(x, target=None), gradient_explanation(model, 0)(x))
+    with pytest.raises(ValueError, match="target: expected classes from 0 to 2"):
+        gradient_explanation(model)(x, C)
+
+
+def own_maps(context: StudyContext) -> dict[str, Tensor]:
+    return {"norm": context.attributions.norm(dim=1)}
+
+
+def test_a_study_leaves_explainers_the_class_that_they_were_made_for() -> None:
+    model, _, x = data()
+    given = gradient_explanation(model, 0)
+    study = run_study({"given": given, "free": gradient_explanation(model)}, model, x, target=1, measures={"maps": own_maps})
+    norms = [given(x, target).norm(dim=1) for target in (0, 1)]
+    assert not torch.equal(*norms)
+    torch.testing.assert_close(study.per_sample("given", "norm"), norms[0])
+    torch.testing.assert_close(study.per_sample("free", "norm"), norms[1])

@@ -168,6 +168,8 @@ def test_errors() -> None:
         seed_stability(lambda seed: a[0], seeds=[0])
     with pytest.raises(TypeError, match="seeds: expected"):
         seed_stability(lambda seed: a[0])
+    with pytest.raises(TypeError, match="seeds: expected one for each run, got int"):
+        seed_stability(lambda seed: a[0], seeds=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="inputs: expected None"):
         seed_stability(a, inputs=a)
     with pytest.raises(TypeError, match="attributions: expected a tensor"):

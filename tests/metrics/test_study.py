@@ -376,6 +376,7 @@ def never(inputs: Tensor) -> Tensor:
         ({"seeds": [-1]}, ValueError, "seeds: expected a whole number from 0"),
         ({"seed": 0.5}, TypeError, "seed: expected a whole number, got float"),
         ({"sparsity": [0.5, 1.5]}, ValueError, "sparsity: expected shares from 0 to 1"),
+        ({"sparsity": None}, TypeError, "sparsity: expected a number or a sequence of numbers, got NoneType"),
         ({"target": 3}, ValueError, "target: expected classes from 0 to 2, got 3 to 3"),
         ({"masks": torch.ones(2, F)}, ValueError, f"masks: expected {B} masks or 1"),
         ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1"),
@@ -474,6 +475,13 @@ def test_pictures(whole: Study) -> None:
     bars = whole.plot_bars(["gini"]).axes[0]
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([row["gini"] for row in whole.wide()])
     assert replace(whole, methods=("noise",)).plot_bars(["gini"]).axes
+
+
+def test_options_are_tried_with_all_the_groups_of_the_batch() -> None:
+    forward, x, _ = data()
+    groups = torch.stack([torch.arange(F).clamp(max=2) + 2 * (i % 2) for i in range(B)])  # 0 to 2 and 2 to 4
+    options = {"measures": {"faithfulness": {"subset_size": 5}}, "feature_mask": 10 * groups}
+    assert not run_study({"g": gradient}, forward, x, **options).notes
 
 
 @pytest.mark.parametrize("batch_size", [4, 16])

@@ -113,10 +113,10 @@ class AdditiveAttention(nn.Module):
 
     def __init__(self, key_dim: int, query_dim: int | None, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        check.check_count(key_dim, "key_dim")
-        check.check_count(hidden_dim, "hidden_dim")
+        key_dim = check.check_count(key_dim, "key_dim")
+        hidden_dim = check.check_count(hidden_dim, "hidden_dim")
         if query_dim is not None:
-            check.check_count(query_dim, "query_dim")
+            query_dim = check.check_count(query_dim, "query_dim")
         self.key = nn.Linear(key_dim, hidden_dim, bias=bias)
         self.query = None if query_dim is None else nn.Linear(query_dim, hidden_dim, bias=False)
         self.score = nn.Parameter(torch.empty(hidden_dim).uniform_(-1, 1) / math.sqrt(hidden_dim))

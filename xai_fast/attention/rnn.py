@@ -259,7 +259,7 @@ class Seq2Seq(nn.Module):
         TypeError, ValueError
             As of a call; steps that are no whole number of at least 1.
         """
-        check.check_count(steps, "steps")
+        steps = check.check_count(steps, "steps")
         states, mask, state = self.encode(source)
         token = torch.full_like(source[:, :1], BOS)
         done = torch.zeros_like(token, dtype=torch.bool)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._scaling import power_of_two
+from ..ops import _checks as check
 from . import _linear
 
 __all__ = ["Fits", "Sets", "draw_ranks", "fit_pairs"]
@@ -18,6 +20,8 @@ SYSTEMS, KEPT, COPY = 64 << 20, 2 << 30, 64 << 20
 BLOCK = 256
 # Relative to the activations' square: class means that are this near differ by rounding only.
 SAME_MEAN = 1e-24
+# Activations of float64 beyond this, or below one over it, are taken in other units.
+LARGEST = 2.0**200
 
 
 class Sets:
@@ -25,6 +29,8 @@ class Sets:
 
     Attributes
     ----------
+    unit : float
+        A power of two. All below is of the activations divided by it, which changes neither unit vectors nor accuracies.
     rows : list of slice
         Place of each set among all examples.
     means : Tensor of float64, shape (sets, d)
@@ -37,7 +43,8 @@ class Sets:
     """
 
     def __init__(self, sets: Sequence[Tensor]) -> None:
-        self.sets = list(sets)
+        self.unit = _unit(sets)
+        sets = self.sets = list(sets) if self.unit == 1 else [x / self.unit for x in sets]
         ends = torch.tensor([len(x) for x in sets]).cumsum(0).tolist()
         self.rows = [slice(end - len(x), end) for x, end in zip(sets, ends, strict=True)]
         self.device = sets[0].device
@@ -88,6 +95,16 @@ class Sets:
                 product[start : start + BLOCK, start:].addmm_(x[start : start + BLOCK], x[start:].T)
         # Only blocks on and above the diagonal were added up.
         return product.triu().add_(product.triu(1).T)
+
+
+def _unit(sets: Sequence[Tensor]) -> float:
+    """1, or what keeps the fourth powers of float64 activations in range."""
+    if sets[0].dtype != torch.float64:
+        return 1.0
+    largest = torch.stack([torch.linalg.vector_norm(x, torch.inf) for x in sets]).amax()
+    if not bool(largest.isfinite()) or 1 / LARGEST < float(largest) < LARGEST:
+        return 1.0
+    return float(power_of_two(largest))
 
 
 @dataclass
@@ -141,8 +158,7 @@ class Fits:
 
 def draw_ranks(sizes: Sequence[int], generator: torch.Generator | None) -> list[Tensor]:
     """A random order of each set, from which its folds are cut."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    check.check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return [torch.randperm(size, generator=generator, device=device).cpu() for size in sizes]
 

@@ -132,7 +132,7 @@ def fit_cav(
     ranks = draw_ranks([len(x) for x in sets], generator)
     fits = fit_pairs(data, [(0, 1)], names, ranks, method=method, l2=l2, folds=folds, held_out=1)
     vector = fits.vectors(1)[0]
-    bias = fits.offset[0] / fits.norm[0] - vector.double() @ data.centre
+    bias = (fits.offset[0] / fits.norm[0] - vector.double() @ data.centre) * data.unit
     return CAV(vector, float(fits.accuracy[0]), float(bias), method, *names)
 
 
@@ -151,8 +151,8 @@ def check_fit_options(method: str, holdout: float, l2: float | None) -> int:
 
 
 def _activations(x: Any, name: str) -> Tensor:
-    x = torch.as_tensor(x).detach() if isinstance(x, (Tensor, np.ndarray)) else x
+    x = check.from_numpy(x, name) if isinstance(x, np.ndarray) else x
     check.check_float_tensor(x, name)
     if x.dtype not in SUPPORTED or x.dim() != 2 or 0 in x.shape:
         raise ValueError(f"{name}: expected activations (n, d) of at least one example, got shape {check.shape_of(x)}")
-    return x
+    return x.detach()

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import _checks as check
+
 __all__ = ["Concept"]
 
 
@@ -79,9 +81,9 @@ def _readable(images: Any, name: str) -> Any:
         shapes = {tuple(x.shape) for x in images}
         if len(shapes) > 1:
             raise ValueError(f"images: expected examples of one shape in the list of {name!r}, got {sorted(shapes)}")
-        images = torch.stack([torch.as_tensor(x) for x in images])
+        images = torch.stack([check.as_tensor(x, "images") for x in images])
     if isinstance(images, np.ndarray):
-        images = torch.as_tensor(images)
+        images = check.as_tensor(images, "images")
     if isinstance(images, Tensor):
         if images.dim() < 2:
             raise ValueError(f"images: expected shape (n, ...) for {name!r}, got {tuple(images.shape)}")
@@ -102,4 +104,4 @@ def _inputs(batch: Any, name: str) -> Tensor:
         batch = batch[0]
     if not isinstance(batch, (Tensor, np.ndarray)) or batch.ndim < 1:
         raise TypeError(f"images: expected batches of tensors or (tensor, label) from {name!r}, got {type(batch).__name__}")
-    return torch.as_tensor(batch)
+    return check.as_tensor(batch, "images")

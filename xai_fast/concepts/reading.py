@@ -52,7 +52,7 @@ def activations(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if batch_size is not None:
-        check.check_count(batch_size, "batch_size")
+        batch_size = check.check_count(batch_size, "batch_size")
     # Examples follow the model's device and dtype.
     like = next(iter(model.parameters()), torch.zeros(()))
     probe = Probe(model, named_layers(model, [layer]), check_pool(pool), like, batch_size)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._scaling import power_of_two
 from ..ops import _checks as check
 from .cav import CAV
 
@@ -48,7 +49,7 @@ def sort_by_concept(activations: Any, cav: CAV | Tensor) -> tuple[Tensor, Tensor
     >>> order, cosine
     (tensor([1, 0]), tensor([0., 1.]))
     """
-    x = torch.as_tensor(activations).detach() if isinstance(activations, (Tensor, np.ndarray)) else activations
+    x = check.from_numpy(activations, "activations") if isinstance(activations, np.ndarray) else activations
     check.check_float_tensor(x, "activations")
     if x.dim() != 2 or 0 in x.shape:
         raise ValueError(f"activations: expected shape (n, d) with at least one example, got {check.shape_of(x)}")
@@ -58,13 +59,15 @@ def sort_by_concept(activations: Any, cav: CAV | Tensor) -> tuple[Tensor, Tensor
         raise ValueError(f"cav: expected a vector of shape {check.shape_of(x)[1:]}, got {check.shape_of(vector)}")
     check.check_same_device(vector, "cav", x.device)
     v = vector.detach().double()
-    length = v.norm()
-    if not bool(length > 0) or not bool(length.isfinite()):
-        raise ValueError(f"cav: expected a vector of finite length above 0, got length {float(length):g}")
+    largest = v.abs().amax()
+    if not bool(largest > 0) or not bool(largest.isfinite()):
+        raise ValueError(f"cav: expected a vector of finite length above 0, got length {float(v.norm()):g}")
     if not bool(x.isfinite().all()):
         raise ValueError("activations: expected finite values, got NaN or inf")
-    a = x.double()
+    v = v / power_of_two(largest)
+    a = x.detach().double()
+    a = a / power_of_two(a.abs().amax(1, keepdim=True))
     norms = a.norm(dim=1)
-    cosine = torch.where(norms > 0, a @ (v / length) / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    cosine = torch.where(norms > 0, a @ (v / v.norm()) / norms, 0.0)
     # Sorted before rounding: half precision would make ties of what differs.
     return cosine.argsort(descending=True, stable=True), cosine.to(x.dtype)

@@ -172,7 +172,7 @@ def tcav(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_test(test, correction, alpha)
     if batch_size is not None:
-        check.check_count(batch_size, "batch_size")
+        batch_size = check.check_count(batch_size, "batch_size")
     folds = check_fit_options(method, holdout, l2)
     named = _concepts(concepts, "concepts")
     random = _concepts(random_sets, "random_sets")
@@ -302,7 +302,7 @@ def _examples(inputs: Any, targets: tuple[int | None, ...]) -> list[tuple[Tensor
 
 
 def _inputs(inputs: Any) -> Tensor:
-    x = torch.as_tensor(inputs) if isinstance(inputs, np.ndarray) else inputs
+    x = check.from_numpy(inputs, "inputs") if isinstance(inputs, np.ndarray) else inputs
     if not isinstance(x, Tensor):
         raise TypeError(f"inputs: expected a torch.Tensor or an array, got {type(inputs).__name__}")
     if x.dim() < 2 or 0 in x.shape:

@@ -84,7 +84,7 @@ class Teacher:
         if outputs == "probabilities":
             y = _log_odds(y)
         if self._target is not None:
-            check.check_count(self._target, "target", 0, y.shape[1] - 1)
+            self._target = check.check_count(self._target, "target", 0, y.shape[1] - 1)
             if y.shape[1] > 1:
                 # One logit of several is no probability.
                 y, self.kind, self.is_flat = y[:, self._target : self._target + 1], "raw", True
@@ -137,7 +137,7 @@ def _as_tensor(y: Any) -> Tensor:
     if hasattr(y, "logits") and not isinstance(y, Tensor):
         y = y.logits
     if isinstance(y, np.ndarray):
-        y = torch.from_numpy(np.ascontiguousarray(y))
+        y = check.from_numpy(y, "teacher")
     if not isinstance(y, Tensor):
         raise TypeError(f"teacher: expected outputs as a tensor or an array, got {_kind(y)}")
     return y

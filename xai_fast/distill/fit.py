@@ -143,7 +143,8 @@ def fit_gam(
     ([(1, 2)], True)
     """
     rows = read_rows(X)
-    check.check_seed(seed)
+    seed = check.check_seed(seed)
+    check.check_generator(generator)
     if generator is None:
         generator = torch.Generator().manual_seed(seed)
     if bins is None:
@@ -172,10 +173,10 @@ class _Settings:
 
     def __post_init__(self) -> None:
         for name in ("bins", "pair_bins", "triple_bins"):
-            check.check_count(getattr(self, name), name, 2)
+            object.__setattr__(self, name, check.check_count(getattr(self, name), name, 2))
         if self.basis not in BASES:
             raise ValueError(f"basis: expected one of {', '.join(BASES)}, got {self.basis!r}")
-        check.check_count(self.max_order, "max_order", 2, 3)
+        object.__setattr__(self, "max_order", check.check_count(self.max_order, "max_order", 2, 3))
         if check.check_at_least_zero(self.holdout, "holdout") >= 1:
             raise ValueError(f"holdout: expected a share below 1, got {self.holdout!r}")
         if self.is_auto and self.holdout == 0:
@@ -361,8 +362,9 @@ def _student(
 
 
 def _interactions(wanted: Any, axes: _Axes, names: tuple[str, ...]) -> int | list[tuple[int, ...]]:
-    if isinstance(wanted, int) and not isinstance(wanted, bool):
-        return check.check_count(wanted, "interactions", 0)
+    number = check.as_number(wanted)
+    if isinstance(number, int) and not isinstance(number, bool):
+        return check.check_count(number, "interactions", 0)
     if isinstance(wanted, (str, bool)) or not isinstance(wanted, Sequence):
         raise TypeError(f"interactions: expected a number or a list of tuples of features, got {wanted!r}")
     found = []
@@ -393,7 +395,7 @@ def _names(given: Sequence[str] | None, features: int) -> tuple[str, ...]:
 def _weights(given: Any, X: Tensor) -> Tensor:
     if given is None:
         return torch.ones(len(X), dtype=torch.float64, device=X.device)
-    w = torch.as_tensor(given).to(X.device, torch.float64)
+    w = check.as_tensor(given, "sample_weight").to(X.device, torch.float64)
     if w.shape != (len(X),):
         raise ValueError(f"sample_weight: expected shape ({len(X)},), got {tuple(w.shape)}")
     if not bool((w.isfinite() & (w >= 0)).all()) or not bool((w > 0).any()):

@@ -44,7 +44,8 @@ class Term:
     Examples
     --------
     >>> from xai_fast.distill import fit_gam
-    >>> term = fit_gam(lambda x: 3 * x[:, 0], torch.rand(1000, 2)).terms[0]
+    >>> X = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
+    >>> term = fit_gam(lambda x: 3 * x[:, 0], X).terms[0]
     >>> term.names, term.order, tuple(term.values.shape), round(term.importance, 1)
     (('x0',), 1, (64,), 0.9)
     """

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import _checks as check
+
 __all__ = ["lower_effects", "purify"]
 
 # Rounds of the exact solve: the second takes out what rounding left of the first.
@@ -151,9 +153,10 @@ def _check(scores: Any, weights: Any) -> tuple[Tensor, Tensor]:
 
 def _tensor(x: Any, name: str) -> Tensor:
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.ascontiguousarray(x))
+        x = check.from_numpy(x, name)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or a numpy array, got {type(x).__name__}")
+    check.check_tensor(x, name)
     if x.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {x.dtype}")
     return x if x.is_floating_point() else x.to(torch.float64)

@@ -126,7 +126,7 @@ class Influence:
         self.problem = self._problem(X_train, y_train, head, sample_weight, damping)
         self.head, self.n, self.train_gradient = head, self.problem.rows, train_gradient
         if batch_size is not None:
-            check_count(batch_size, "batch_size", 1, self.n)
+            batch_size = check_count(batch_size, "batch_size", 1, self.n)
             if solver != "lissa":
                 raise ValueError(f"batch_size: expected only with the solver lissa, got it with {solver}")
         self._solver, self._why = solver, ""
@@ -332,7 +332,7 @@ train gradient of the loss
         tensor([[2, 0]])
         """
         check_functional(of)
-        check_count(k, "k", 1, self.n)
+        k = check_count(k, "k", 1, self.n)
         if which not in ("helpful", "harmful"):
             raise ValueError(f"which: expected 'helpful' or 'harmful', got {which!r}")
         groups = self._class_rows() if per_class else [None]

@@ -75,9 +75,9 @@ def projected_scores(
     Scores([[ 0.5000, -0.5000],
             [-0.5000,  0.5000]])
     """
-    check_count(dim, "dim")
+    dim = check_count(dim, "dim")
     damping = check.check_at_least_zero(damping, "damping")
-    check_seed(seed)
+    seed = check_seed(seed)
     loss, rows, tests = prepare_companion(model, loss_fn, train, test, params, microbatch)
     states = states_of(loss, checkpoints)
     out = torch.zeros(len(tests), len(rows), dtype=torch.float64, device=loss.device)

@@ -146,7 +146,7 @@ def solve(
     g = _check(problem, gradient, solver, factor).to(problem.wide)
     tolerance = check_tolerance(tolerance)
     _check_options(problem, solver, max_steps, batch_size, repeats, rank)
-    check_seed(seed)
+    seed = check_seed(seed)
     start = problem.passes
     prepared = _given(factor) if factor else prepare(problem, solver, len(g), rank=rank, seed=seed)
     if not len(g):

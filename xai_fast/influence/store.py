@@ -113,7 +113,7 @@ def write_scores(
     """
     files = _Files(path)
     source = source_of(influence, X_test, y_test, of)
-    check_count(memory_budget, "memory_budget")
+    memory_budget = check_count(memory_budget, "memory_budget")
     if not files.path.exists():
         _check_room(files, source)
     manifest = _manifest(files, source, _check_tile(tile), memory_budget, resume)
@@ -234,7 +234,7 @@ damping, l2 = 0, damping = 0; train gradient of the loss [1.]
         ...     store.top_k(1, which="harmful").indices
         tensor([[1]])
         """
-        check_count(k, "k", 1, self.shape[1])
+        k = check_count(k, "k", 1, self.shape[1])
         if which not in ("helpful", "harmful"):
             raise ValueError(f"which: expected 'helpful' or 'harmful', got {which!r}")
         largest = self.convention.sign == f"positive = {which}"

@@ -122,7 +122,7 @@ class TorchInfluence:
         if train_gradient not in ("loss", "objective"):
             raise ValueError(f"train_gradient: expected 'loss' or 'objective', got {train_gradient!r}")
         if microbatch is not None:
-            check_count(microbatch, "microbatch")
+            microbatch = check_count(microbatch, "microbatch")
         self._loss = ModelLoss(model, loss_fn, params, microbatch)
         self._rows = as_rows(train_loader, "train_loader")
         self._loss.check(self._rows)
@@ -321,7 +321,7 @@ train gradient of the loss
         tensor([[0],
                 [1]])
         """
-        check_count(k, "k", 1, self.n)
+        k = check_count(k, "k", 1, self.n)
         if which not in ("helpful", "harmful"):
             raise ValueError(f"which: expected 'helpful' or 'harmful', got {which!r}")
         labels = self._classes() if per_class else torch.zeros(self.n, dtype=torch.int64)

@@ -94,7 +94,7 @@ def prepare_companion(
 ) -> tuple[ModelLoss, TorchRows, TorchRows]:
     """The loss, the training rows and the test rows."""
     if microbatch is not None:
-        check_count(microbatch, "microbatch")
+        microbatch = check_count(microbatch, "microbatch")
     loss = ModelLoss(model, loss_fn, params, microbatch)
     rows, tests = as_rows(train, "train"), as_rows(test, "test")
     loss.check(rows)

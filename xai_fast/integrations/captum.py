@@ -52,7 +52,7 @@ def captum_explainer(
     Raises
     ------
     TypeError
-        A method without ``attribute``, arguments that ``attribute`` does not have.
+        A method without ``attribute``, arguments that ``attribute`` does not have; when called: inputs that are no tensor.
     ValueError
         An unknown reduction or interpolation; when called: several maps (of several inputs or layers).
 
@@ -86,6 +86,7 @@ def captum_explainer(
     takes_target = _check_arguments(attribute, options)
 
     def explain(inputs: Tensor, target: Any = None, **more: Any) -> Tensor:
+        check.check_tensor(inputs, "inputs")
         # A leaf of its own: the gradient methods mark their inputs, and the caller's stay as they are.
         x = inputs.detach()
         if x.is_floating_point():

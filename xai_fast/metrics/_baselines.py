@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,23 @@ def make_baseline(baseline: Baseline, inputs: Tensor, generator: torch.Generator
         return BASELINES[baseline](inputs, generator)
     if callable(baseline):
         baseline = baseline(inputs)
-    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
-        return inputs.new_full((1,) * inputs.dim(), baseline)
+    number = check.as_number(baseline)
+    if isinstance(number, (int, float)) and not isinstance(number, bool):
+        return _number(number, inputs)
     return _given(baseline, inputs)
+
+
+def _number(number: float, inputs: Tensor) -> Tensor:
+    """The number itself, or ValueError where the dtype of the inputs would make it another; floating inputs may round it."""
+    try:
+        filler = inputs.new_full((1,) * inputs.dim(), number)
+        held = filler.item()
+    except (RuntimeError, ValueError, OverflowError):  # out of range, or NaN among whole numbers
+        held = None
+    rounds = inputs.is_floating_point()
+    if held is None or (math.isinf(held) != math.isinf(number) if rounds else held != number):
+        raise ValueError(f"baseline: expected a number that {inputs.dtype}, the dtype of inputs, can hold, got {number!r}")
+    return filler
 
 
 def _given(baseline: Any, inputs: Tensor) -> Tensor:

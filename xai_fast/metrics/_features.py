@@ -18,7 +18,8 @@ __all__ = ["Features"]
 class Features:
     """Inputs (B, ...) seen as (B, C, P, D): position p is what an attribution speaks of; C and D entries share it.
 
-    `groups` (1 or B, P) names the feature of a position; None: every position is a feature.
+    `groups` (1 or B, P) names the feature of a position; None: every position is a feature. A feature of the batch that has
+    no position in a sample has score 0 there, and its removal changes nothing.
     """
 
     layout: tuple[int, int, int]  # C, P, D
@@ -92,7 +93,7 @@ def _layout(maps: Tensor, inputs: Tensor) -> tuple[tuple[int, int, int], Tensor]
 
 def _patches(maps: Tensor, patch_size: int) -> Tensor:
     """Square patches over the last two dimensions; those at the border may be smaller."""
-    check.check_count(patch_size, "patch_size")
+    patch_size = check.check_count(patch_size, "patch_size")
     if maps.dim() != 4 or maps.shape[1] != 1:
         raise ValueError(f"patch_size: expected maps of one channel (B, 1, H, W), got {check.shape_of(maps)}")
     rows, columns = (torch.arange(n, device=maps.device) // patch_size for n in maps.shape[2:])
@@ -117,7 +118,17 @@ def _groups(feature_mask: Any, maps: Tensor) -> tuple[Tensor, int]:
         raise ValueError(f"feature_mask: expected a shape that broadcasts to the attributions {wanted}, got {size}")
     if int(groups.min()) < 0:
         raise ValueError(f"feature_mask: expected group numbers from 0 on, got {int(groups.min())}")
-    return groups.flatten(1), int(groups.max()) + 1
+    return _renumbered(groups.flatten(1))
+
+
+def _renumbered(groups: Tensor) -> tuple[Tensor, int]:
+    """Group numbers from 0 without gaps, in the order of those given, and how many there are."""
+    highest = int(groups.max())
+    # Counting is cheap beside the sort of `unique`, which numbers without gaps do not need.
+    if highest < groups.numel() and bool(groups.flatten().bincount().all()):
+        return groups, highest + 1
+    numbers, groups = groups.unique(return_inverse=True)
+    return groups, len(numbers)
 
 
 def _summed(flat: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -13,7 +13,17 @@ from .._dtypes import accumulate_dtype
 from .._optional import optional_import
 from ..ops import _checks as check
 
-__all__ = ["DEFAULT_BUDGET", "OUTPUTS", "Forwards", "Readout", "class_scores", "draw_seed", "target_classes"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "OUTPUTS",
+    "Forwards",
+    "Readout",
+    "check_classes",
+    "check_whole",
+    "class_scores",
+    "draw_seed",
+    "target_classes",
+]
 
 # Bytes of changed inputs that exist at once. The activations of the model are its own; `batch_size` bounds them.
 DEFAULT_BUDGET = 256 << 20
@@ -43,8 +53,7 @@ class Forwards:
     def __post_init__(self) -> None:
         if not callable(self.forward):
             raise TypeError(f"forward: expected a callable, got {type(self.forward).__name__}")
-        if not isinstance(self.inputs, Tensor):
-            raise TypeError(f"inputs: expected a torch.Tensor, got {type(self.inputs).__name__}")
+        check.check_tensor(self.inputs, "inputs")
         if self.inputs.dim() < 2 or 0 in self.inputs.shape:
             raise ValueError(f"inputs: expected shape (B, ...) with samples and entries, got {check.shape_of(self.inputs)}")
         self.inputs = self.inputs.detach()
@@ -52,8 +61,8 @@ class Forwards:
             extra = self.additional_forward_args
             self.additional_forward_args = () if extra is None else (extra,)
         if self.batch_size is not None:
-            check.check_count(self.batch_size, "batch_size")
-        check.check_count(self.memory_budget, "memory_budget")
+            self.batch_size = check.check_count(self.batch_size, "batch_size")
+        self.memory_budget = check.check_count(self.memory_budget, "memory_budget")
 
     @property
     def chunk(self) -> int:
@@ -83,7 +92,7 @@ class Forwards:
         ]
         with torch.no_grad():
             outputs = class_scores(self.forward(x, *extra))
-        if outputs.dim() == 0 or outputs.shape[0] != x.shape[0] or outputs.dim() > 2:
+        if outputs.dim() not in (1, 2) or outputs.shape[0] != x.shape[0] or 0 in outputs.shape[1:]:
             raise ValueError(
                 f"forward: expected outputs of shape ({x.shape[0]}, C) or ({x.shape[0]},), got {check.shape_of(outputs)}"
             )
@@ -117,25 +126,36 @@ def target_classes(target: Any, outputs: Tensor, name: str = "target") -> Tensor
         return outputs.new_zeros(batch, dtype=torch.int64)
     if target is None:
         return outputs.argmax(1)
+    target = check.as_number(target)
     if isinstance(target, int) and not isinstance(target, bool):
         target = torch.full((batch,), target)
-    if not isinstance(target, Tensor):
-        target = torch.as_tensor(target)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{name}: expected whole class numbers, got {target.dtype}")
+    target = check.as_tensor(target, name)
+    check_whole(target, name)
     if target.shape != (batch,):
         raise ValueError(f"{name}: expected shape ({batch},), got {check.shape_of(target)}")
     target = target.to(device=outputs.device, dtype=torch.int64)
-    low, high = (int(v) for v in target.aminmax())
-    if low < 0 or high >= outputs.shape[1]:
-        raise ValueError(f"{name}: expected classes from 0 to {outputs.shape[1] - 1}, got {low} to {high}")
+    check_classes(target, name, outputs.shape[1])
     return target
+
+
+def check_whole(classes: Tensor, name: str) -> None:
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"{name}: expected whole class numbers, got {classes.dtype}")
+
+
+def check_classes(classes: Tensor, name: str, count: int | None = None) -> None:
+    """From 0 on, or from 0 to count - 1."""
+    if not classes.numel():
+        return
+    low, high = (int(v) for v in classes.aminmax())
+    if low < 0 or (count is not None and high >= count):
+        wanted = "of at least 0" if count is None else f"from 0 to {count - 1}"
+        raise ValueError(f"{name}: expected classes {wanted}, got {low} to {high}")
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
     """A seed for the kernels' own generator, drawn from a torch generator (torch's global one by default)."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    check.check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (1,), generator=generator, device=device))
 

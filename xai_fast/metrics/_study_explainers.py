@@ -60,9 +60,10 @@ class Seeded:
 
 def caller(explainer: Any, name: str) -> Call:
     """``call(inputs, target, **more)`` for an explainer: how it takes the target is decided here, once."""
-    if isinstance(explainer, Explainer) and explainer.target is None:
+    if isinstance(explainer, Explainer):
         own: Explainer = explainer
-        return lambda x, target: own(x) if target is None else own.maps(x, target)
+        # A class of its own stays; the study's are known to be classes of the model, which need not run for them again.
+        return lambda x, target: own(x) if target is None or own.target is not None else own.maps(x, target)
     if callable(getattr(explainer, "attribute", None)):
         return captum_explainer(explainer)
     if not callable(explainer):

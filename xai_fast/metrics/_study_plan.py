@@ -139,7 +139,7 @@ def check_options(planned: list[Planned], context: StudyContext) -> None:
             # A distance of one's own may count on the shape of real maps.
             function = partial(function, distance="l2", relative=False)
         if "baseline" in measure.options:
-            function = partial(function, baseline=_of_sample(measure.options["baseline"], context, 0))
+            function = partial(function, baseline=_of_sample(measure.options["baseline"], context))
         if measure.name == "localization":
             assert context.masks is not None
             c = replace(trial, attributions=_ramp(context.masks.shape, trial.attributions.dtype), masks=context.masks.cpu())
@@ -150,14 +150,15 @@ def check_options(planned: list[Planned], context: StudyContext) -> None:
 
 
 def _trial(c: StudyContext) -> StudyContext:
-    mask, at = c.feature_mask, 0
+    mask = c.feature_mask
     if isinstance(mask, Tensor) and mask.dim() and mask.shape[0] == len(c.inputs) > 1:
-        at = int(mask.flatten(1).amax(1).argmax())  # the sample with all the groups
-        mask = mask[at : at + 1]
-    inputs = c.inputs[at : at + 1].detach()
+        # No sample needs to have all the groups: as many as there are go round in one.
+        groups, one = mask.unique(), mask[:1]
+        mask = groups[torch.arange(one.numel(), device=mask.device) % len(groups)].view(one.shape)
+    inputs = c.inputs[:1].detach()
     shape = (1, 1, *inputs.shape[2:]) if c.patch_size is not None and inputs.dim() == 4 else inputs.shape
     maps = _ramp(shape, inputs.dtype if inputs.is_floating_point() else torch.float32).to(inputs.device)
-    outputs = c.outputs[at : at + 1]
+    outputs = c.outputs[:1]
     return replace(
         c,
         attributions=maps,
@@ -165,19 +166,19 @@ def _trial(c: StudyContext) -> StudyContext:
         explain=lambda x, target=None: maps.expand(len(x), *maps.shape[1:]),
         forward=lambda x, *_: outputs[:1].expand(len(x), *outputs.shape[1:]) * 1.0,
         inputs=inputs,
-        labels=None if c.labels is None else c.labels[at : at + 1],
-        target=None if c.target is None else c.target[at : at + 1],
+        labels=None if c.labels is None else c.labels[:1],
+        target=None if c.target is None else c.target[:1],
         outputs=outputs,
-        baseline=_of_sample(c.baseline, c, at),
+        baseline=_of_sample(c.baseline, c),
         feature_mask=mask,
         additional_forward_args=(),
     )
 
 
-def _of_sample(baseline: Any, c: StudyContext, at: int) -> Any:
-    """One of the samples' own baselines: tensors with one for each."""
+def _of_sample(baseline: Any, c: StudyContext) -> Any:
+    """The first sample's own baseline: tensors with one for each."""
     own = isinstance(baseline, Tensor) and baseline.dim() == c.inputs.dim() and baseline.shape[0] == len(c.inputs)
-    return baseline[at : at + 1] if own else baseline
+    return baseline[:1] if own else baseline
 
 
 def _ramp(shape: Any, dtype: torch.dtype) -> Tensor:

@@ -169,8 +169,8 @@ def aggregate(
     >>> found.complexities, found.complexity
     (tensor([[0.8676, 0.8676]]), tensor([0.]))
     """
-    check.check_count(steps, "steps")
-    check.check_count(memory_budget, "memory_budget")
+    steps = check.check_count(steps, "steps")
+    memory_budget = check.check_count(memory_budget, "memory_budget")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if norm not in NORMS:
@@ -213,7 +213,7 @@ def _weights(weights: Any, maps: list[Tensor], objective: str) -> Tensor:
         return torch.full((batch, count), 1 / count, dtype=torch.float64, device=device)
     if objective != "mean":
         raise ValueError(f"weights: expected None for the objective {objective!r}, which has its own")
-    share = torch.as_tensor(weights, dtype=torch.float64, device=device).detach()
+    share = check.as_tensor(weights, "weights", torch.float64).to(device).detach()
     if tuple(share.shape) not in ((count,), (batch, count)):
         raise ValueError(f"weights: expected shape ({count},) or ({batch}, {count}), got {check.shape_of(share)}")
     total = share.sum(-1, keepdim=True)
@@ -494,8 +494,8 @@ def lower_sensitivity(
         raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}, got {distance!r}")
     if predict is not None and not callable(predict):
         raise TypeError(f"predict: expected a callable or None, got {type(predict).__name__}")
-    check.check_count(k, "k", 1, len(reference))
-    check.check_count(batch_size, "batch_size")
+    k = check.check_count(k, "k", 1, len(reference))
+    batch_size = check.check_count(batch_size, "batch_size")
     maps = as_maps(_explained(explanation, reference, batch_size), "explanation")
     if len(maps) != len(reference):
         raise ValueError(f"explanation: expected one map for each of the {len(reference)} neighbours, got {len(maps)}")

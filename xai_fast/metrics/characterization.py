@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -39,8 +40,8 @@ def characterization_score(pos_fidelity: T, neg_fidelity: T, pos_weight: float =
 
     Raises
     ------
-    ValueError
-        A weight that is not above 0, a fidelity outside 0 to 1. NaN stays NaN.
+    TypeError, ValueError
+        Not numbers, a weight that is not above 0, a fidelity outside 0 to 1 (NaN stays NaN), shapes that do not broadcast.
 
     Notes
     -----
@@ -55,7 +56,11 @@ def characterization_score(pos_fidelity: T, neg_fidelity: T, pos_weight: float =
     tensor([1., 0.])
     """
     pos_weight, neg_weight = check.check_positive(pos_weight, "pos_weight"), check.check_positive(neg_weight, "neg_weight")
+    # Their ratio counts: in units of the larger one their sum cannot overflow.
+    exponent = math.frexp(max(pos_weight, neg_weight))[1]
+    pos_weight, neg_weight = math.ldexp(pos_weight, -exponent), math.ldexp(neg_weight, -exponent)
     plus, minus = _fidelity(pos_fidelity, "pos_fidelity"), _fidelity(neg_fidelity, "neg_fidelity")
+    check.check_broadcasts(minus, "neg_fidelity", plus, "pos_fidelity")
     rest = 1 - minus
     top = (pos_weight + neg_weight) * plus * rest
     score = torch.where(top == 0, 0.0, top / (pos_weight * rest + neg_weight * plus))
@@ -93,7 +98,7 @@ def fidelity_curve_auc(pos_fidelity: Tensor, neg_fidelity: Tensor, x: Tensor) ->
     8.5
     """
     plus, minus = _fidelity(pos_fidelity, "pos_fidelity"), _fidelity(neg_fidelity, "neg_fidelity")
-    places = torch.as_tensor(x, dtype=torch.float64)
+    places = check.as_tensor(x, "x", torch.float64)
     if plus.dim() != 1 or len(plus) < 2 or plus.shape != minus.shape or plus.shape != places.shape:
         shapes = ", ".join(str(check.shape_of(v)) for v in (plus, minus, places))
         raise ValueError(
@@ -107,9 +112,7 @@ def fidelity_curve_auc(pos_fidelity: Tensor, neg_fidelity: Tensor, x: Tensor) ->
 
 
 def _fidelity(value: Any, name: str) -> Tensor:
-    if not isinstance(value, (int, float, Tensor)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}")
-    wide = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+    wide = check.number_or_tensor(value, name).detach()
     if bool(((wide < -ROUNDING) | (wide > 1 + ROUNDING)).any()):
         raise ValueError(f"{name}: expected values from 0 to 1, got {float(wide.min()):g} to {float(wide.max()):g}")
     return wide.clamp(0, 1)

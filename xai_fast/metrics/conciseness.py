@@ -12,11 +12,15 @@ from torch import Tensor
 
 from .. import ops
 from .._dtypes import accumulate_dtype
+from .._scaling import power_of_two
 from ..ops import _checks as check
 
 __all__ = ["Conciseness", "conciseness", "effective_complexity", "entropy", "gini", "size", "sparsity"]
 
 Maps = Tensor | np.ndarray
+
+# Maps of float64 with magnitudes beyond this, or all below one over it, are summed in other units.
+LARGEST = 2.0**900
 
 
 @dataclass(frozen=True)
@@ -314,6 +318,8 @@ def _measures(maps: Tensor, threshold: float = 0.0, relative: bool = False, gini
     """(B, 3) in float64: size, entropy, Gini index; all NaN for a map that is not finite."""
     threshold = check.check_at_least_zero(threshold, "threshold")
     measures = ops.conciseness(maps, threshold=0.0 if relative else threshold, gini=gini)
+    if maps.dtype == torch.float64:
+        _rescale_extremes(measures, maps, gini)
     if relative:
         a = maps.detach().flatten(1).double().abs()
         measures[:, 0] = (a > threshold * a.amax(1, keepdim=True)).sum(1)
@@ -321,24 +327,24 @@ def _measures(maps: Tensor, threshold: float = 0.0, relative: bool = False, gini
     return measures.masked_fill(measures[:, 1:2].isnan(), math.nan)
 
 
+def _rescale_extremes(measures: Tensor, maps: Tensor, gini: bool) -> None:
+    """Entropy and Gini index, which no scale changes, of maps whose sums float64 cannot hold: in units of a power of two."""
+    flat = maps.flatten(1)
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
+    far = (largest > LARGEST) | ((largest > 0) & (largest < 1 / LARGEST))
+    if bool(far.any()):
+        near = flat[far] / power_of_two(largest[far])[:, None]
+        measures[far, 1:] = ops.conciseness(near, gini=gini)[:, 1:]
+
+
 def as_maps(x: Any, name: str = "attributions") -> Tensor:
     """Maps (B, ...) with at least one feature, as a tensor without a graph; a numpy array comes as one."""
     if isinstance(x, np.ndarray):
-        x = from_numpy(x, name)
+        x = check.from_numpy(x, name)
     check.check_float_tensor(x, name)
     if x.dim() < 2 or 0 in x.shape[1:]:
         raise ValueError(f"{name}: expected shape (B, ...) with at least one feature a map, got {check.shape_of(x)}")
     return x.detach()
-
-
-def from_numpy(x: np.ndarray, name: str) -> Tensor:
-    """The array as a tensor; a copy only where torch cannot share it (read-only, reversed or byte-swapped memory)."""
-    if x.dtype.kind not in "fiub":
-        raise TypeError(f"{name}: expected an array of numbers, got dtype {x.dtype}")
-    if not x.dtype.isnative:
-        x = x.astype(x.dtype.newbyteorder("="))
-    shareable = x.flags.writeable and all(stride >= 0 for stride in x.strides)
-    return torch.from_numpy(x if shareable else x.copy())
 
 
 def result_dtype(maps: Tensor) -> torch.dtype:

@@ -21,7 +21,7 @@ Rule = Callable[[Callable[..., Any], Tensor, Tensor, bool], Tensor]
 
 @dataclass(frozen=True)
 class Explainer:
-    """A callable ``x -> maps`` whose maps can be differentiated by x; made by the functions of this module.
+    """A callable ``(x, target=None) -> maps`` whose maps can be differentiated by x; made by the functions of this module.
 
     If x requires grad (and grad mode is on) the maps carry a graph for second derivatives, else they are plain tensors.
     The model's parameters keep their ``.grad``.
@@ -34,8 +34,9 @@ class Explainer:
     rule : callable
         ``(forward, x, target, create_graph) -> maps`` of the shape of x.
     target : int, Tensor (B,) or None
-        The class explained; None: the predicted one. :func:`.robustness.attack_explanation` keeps to the class that the
-        original inputs have.
+        The class explained; None: the predicted one. A target of the call goes before it.
+        :func:`.robustness.attack_explanation` keeps to the class that the original inputs have; measures of sensitivity let
+        the targets of a tensor follow their samples.
     magnitude : bool
         Absolute values; for inputs of three or more dimensions summed over dimension 1, the channels.
 
@@ -44,6 +45,8 @@ class Explainer:
     >>> explain = Explainer(lambda x: x**2, lambda forward, x, target, create_graph: forward(x))
     >>> explain(torch.tensor([[1.0, -3.0]]))
     tensor([[1., 9.]])
+    >>> gradient_explanation(lambda x: x**2, target=0)(torch.tensor([[1.0, -3.0]]), target=1)
+    tensor([[ 0., -6.]])
     """
 
     forward: Callable[..., Any]
@@ -57,11 +60,11 @@ class Explainer:
         if not isinstance(self.magnitude, bool):
             raise TypeError(f"magnitude: expected a bool, got {type(self.magnitude).__name__}")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, target: Any = None) -> Tensor:
         check.check_float_tensor(x, "x")
         with torch.no_grad():
             scores = class_scores(self.forward(x))
-        return self.maps(x, target_classes(self.target, scores))
+        return self.maps(x, target_classes(self.target if target is None else target, scores))
 
     def maps(self, x: Tensor, target: Tensor) -> Tensor:
         """The maps for these classes (B,)."""
@@ -71,6 +74,12 @@ class Explainer:
             if self.magnitude:
                 maps = maps.abs().sum(1) if maps.ndim > 2 else maps.abs()
         return maps if create_graph else maps.detach()
+
+
+def given_target(explanation: Any, target: Any) -> Any:
+    """The target for changed copies of samples: that given, else an explainer's own where each sample has one."""
+    own = explanation.target if target is None and isinstance(explanation, Explainer) else None
+    return target if own is None or isinstance(check.as_number(own), int) else check.as_tensor(own, "target")
 
 
 def gradient_explanation(forward: Callable[..., Any], target: Any = None, *, magnitude: bool = False) -> Explainer:
@@ -172,7 +181,7 @@ def integrated_gradients(
     """
     if not isinstance(baseline, Tensor):
         baseline = check.check_number(baseline, "baseline")
-    check.check_count(n_steps, "n_steps")
+    n_steps = check.check_count(n_steps, "n_steps")
     return Explainer(forward, partial(_integrated, baseline, n_steps), target, magnitude)
 
 

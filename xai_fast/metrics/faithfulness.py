@@ -94,7 +94,7 @@ def faithfulness_correlation(
     run = Forwards(forward, inputs, additional_forward_args, batch_size, memory_budget)
     features = Features.of(inputs, attributions, feature_mask, patch_size)
     size = max(1, features.count // 5) if subset_size is None else subset_size
-    check.check_count(size, "subset_size", 1, features.count)
+    size = check.check_count(size, "subset_size", 1, features.count)
     removal = Removal(run, features, baseline, generator)
     inside = _random_subsets(features.count, count, size, draw_seed(generator), inputs.device)
     original, read = _original(run, target, outputs)
@@ -317,7 +317,9 @@ def infidelity(
         inputs, attributions, perturb_func = attributions, perturb_func, inputs
     count = check.check_count(n_perturb_samples, "n_perturb_samples")
     radius = check.check_positive(radius, "radius")
-    run = Forwards(forward, inputs, additional_forward_args or (), max_examples_per_batch, memory_budget)
+    if max_examples_per_batch is not None:
+        check.check_count(max_examples_per_batch, "max_examples_per_batch")
+    run = Forwards(forward, inputs, additional_forward_args, max_examples_per_batch, memory_budget)
     if not inputs.is_floating_point():
         raise TypeError(f"inputs: expected a floating tensor to perturb, got {inputs.dtype}")
     features = Features.of(inputs, attributions)

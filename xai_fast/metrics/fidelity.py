@@ -14,7 +14,7 @@ from .. import ops
 from ..ops import _checks as check
 from ._baselines import Baseline
 from ._features import Features
-from ._forwards import DEFAULT_BUDGET, Forwards, Readout, draw_seed, target_classes
+from ._forwards import DEFAULT_BUDGET, Forwards, Readout, check_classes, check_whole, draw_seed, target_classes
 from ._removal import Removal
 from .characterization import characterization_score
 
@@ -117,7 +117,9 @@ class Fidelity:
         return characterization_score(plus, minus, pos_weight, neg_weight)
 
     def area(self) -> Tensor:
-        """Area under the characterization score over sparsity, by trapezoids (several selections)."""
+        """Area under the characterization score over sparsity, by trapezoids; ValueError for a single selection."""
+        if self.sparsity.numel() < 2:
+            raise ValueError("sparsity: expected several selections for the area below a curve, got one")
         order = self.sparsity.argsort()
         return torch.trapezoid(self.characterization()[order], self.sparsity[order])
 
@@ -169,7 +171,8 @@ def fidelity_scores(
     Raises
     ------
     TypeError, ValueError
-        Wrong shapes, classes out of range, an unknown kind, labels missing for the phenomenon.
+        Wrong shapes, classes that are below 0 or no whole numbers, classes beside probabilities, an unknown kind, labels
+        missing for the phenomenon.
 
     Notes
     -----
@@ -186,12 +189,11 @@ def fidelity_scores(
     """
     _check_choice(kind, "kind", KINDS)
     for name, value in (("y_hat", y_hat), ("y_hat_removed", y_hat_removed), ("y_hat_kept", y_hat_kept)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        check.check_tensor(value, name)
         if value.shape[value.dim() - y_hat.dim() :] != y_hat.shape:
             wanted = (..., *y_hat.shape)
             raise ValueError(f"{name}: expected shape {wanted}, as y_hat, got {check.shape_of(value)}")
-    if y_hat.dim() != (2 if y_hat.is_floating_point() else 1) or y_hat.shape[0] < 1:
+    if y_hat.dim() != (2 if y_hat.is_floating_point() else 1) or 0 in y_hat.shape:
         raise ValueError(f"y_hat: expected classes (N,) or probabilities (N, C), got {check.shape_of(y_hat)}")
     if y is None and kind == "phenomenon":
         raise ValueError("y: expected the true classes for kind 'phenomenon', got None")
@@ -199,9 +201,13 @@ def fidelity_scores(
         classes = target_classes(None if kind == "model" else y, y_hat, "y")
         drops = [_drop(y_hat, changed, classes).to(y_hat.dtype) for changed in (y_hat_removed, y_hat_kept)]
         return drops[0], drops[1]
-    classes = y_hat if kind == "model" or y is None else y
+    classes = y_hat if kind == "model" or y is None else check.as_tensor(y, "y").to(y_hat.device)
     if classes.shape != y_hat.shape:
         raise ValueError(f"y: expected shape {check.shape_of(y_hat)}, as y_hat, got {check.shape_of(classes)}")
+    for name, value in (("y", classes), ("y_hat", y_hat), ("y_hat_removed", y_hat_removed), ("y_hat_kept", y_hat_kept)):
+        if value.dtype != torch.bool:
+            check_whole(value, name)
+            check_classes(value, name)
     right = y_hat == classes
     shares = [((changed == classes) != right).double().mean(-1) for changed in (y_hat_removed, y_hat_kept)]
     return shares[0].to(torch.get_default_dtype()), shares[1].to(torch.get_default_dtype())
@@ -263,12 +269,15 @@ def fidelity(
         One of them selects the explanation S: the share of the features that is left out, the number that is taken, or the
         value above which they are. Largest first, ties by index. Default: sparsity 0.5, 0.6, 0.7, 0.8, 0.9.
     soft : bool
-        Attributions from 0 to 1 are masks m: x m and x (1 - m), on the way to the baseline.
+        Attributions from 0 to 1 are masks m: x m and x (1 - m), on the way to the baseline. Floating inputs.
     baseline : {"zero", "mean", "blur", "uniform"}, number, Tensor or callable
         What takes the place of a removed feature: 0; an image's mean colour (the batch's mean for other inputs); a blurred
-        image; noise between a sample's extremes; or one's own, also as a function of the inputs.
+        image; noise between a sample's extremes; or one's own, also as a function of the inputs. A number that the dtype of
+        ``inputs`` can hold.
     feature_mask : Tensor of whole numbers, optional
-        Group of every feature, broadcasting to the attributions; a group's attribution is the sum of its members'.
+        Group of every feature, broadcasting to the attributions; a group's attribution is the sum of its members'. Only the
+        order of the numbers counts, not where they start or what they leave out. Where every sample has groups of its own,
+        all the numbers of the batch are features of each, those that a sample does not have with an attribution of 0.
     patch_size : int, optional
         Square patches of images as groups; attributions of one channel.
     robust : bool or (float, float)
@@ -296,7 +305,8 @@ def fidelity(
     Raises
     ------
     TypeError, ValueError
-        Attributions that do not fit, more than one way to select, classes out of range, an unknown name.
+        Attributions that do not fit, more than one way to select, classes out of range, an unknown name, a baseline that the
+        dtype of the inputs cannot hold, soft masks on whole numbers.
 
     Notes
     -----
@@ -318,6 +328,8 @@ def fidelity(
     run = Forwards(forward, inputs, additional_forward_args, batch_size, memory_budget)
     features = Features.of(inputs, attributions, feature_mask, patch_size)
     selection = _Selection.of(features, attributions, sparsity, top_k, threshold, soft)
+    if soft and not inputs.is_floating_point():
+        raise TypeError(f"soft: expected False for inputs of {inputs.dtype}, which no baseline mixes with, got True")
     shares = _robust_shares(robust, soft)
     draws = check.check_count(n_samples, "n_samples")
     original = run.on_inputs()
@@ -363,11 +375,7 @@ class _Selection:
         if not chosen and attributions.dtype == torch.bool:
             return cls((scores > 0).sum(1, keepdim=True), True)
         name = chosen[0] if chosen else "sparsity"
-        value = given[name] if chosen else DEFAULT_SPARSITY
-        single = isinstance(value, (int, float)) and not isinstance(value, bool)
-        values = [value] if single else list(value)
-        if not values:
-            raise ValueError(f"{name}: expected at least one value, got none")
+        values, single = check.one_or_more(given[name] if chosen else DEFAULT_SPARSITY, name)
         return cls(torch.stack([_count(scores, name, v) for v in values], 1), single)
 
 

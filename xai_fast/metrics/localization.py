@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._scaling import power_of_two
 from ..ops import _checks as check
-from .conciseness import Maps, as_maps, from_numpy, result_dtype
+from .conciseness import Maps, as_maps, result_dtype
 
 __all__ = ["pointing_game", "relevance_mass", "relevance_rank"]
 
@@ -114,6 +115,8 @@ def relevance_mass(attributions: Maps, mask: Maps, positive: bool = True) -> Ten
     values, inside = _pair(attributions, mask)
     relevance = (values.clamp_min(0) if positive else values.abs()).flatten(1)
     within = inside.flatten(1)
+    # Sums of the largest numbers would overflow.
+    relevance = relevance / power_of_two(relevance.amax(1, keepdim=True))
     share = torch.where(within, relevance, 0).sum(1) / relevance.sum(1)
     undefined = ~within.any(1) | ~values.flatten(1).isfinite().all(1)
     return share.masked_fill(undefined, math.nan).to(_dtype(attributions))
@@ -187,7 +190,7 @@ def _pair(attributions: Any, mask: Any) -> tuple[Tensor, Tensor]:
 
 def _as_mask(mask: Any, maps: Tensor) -> Tensor:
     if isinstance(mask, np.ndarray):
-        mask = from_numpy(mask, "mask")
+        mask = check.from_numpy(mask, "mask")
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a torch.Tensor, got {type(mask).__name__}")
     check.check_same_device(mask, "mask", maps.device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,7 +101,7 @@ def relative_loss(loss: float | Tensor, pruned_loss: float | Tensor, *, literal:
     Raises
     ------
     TypeError, ValueError
-        Not numbers, a loss below 0.
+        Not numbers, a loss below 0, shapes that do not broadcast.
 
     Notes
     -----
@@ -114,13 +115,12 @@ def relative_loss(loss: float | Tensor, pruned_loss: float | Tensor, *, literal:
     """
     values = []
     for name, value in (("loss", loss), ("pruned_loss", pruned_loss)):
-        if not isinstance(value, (int, float, Tensor)) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}")
-        wide = torch.as_tensor(value).double()
+        wide = check.number_or_tensor(value, name)
         if bool((wide < 0).any()):
             raise ValueError(f"{name}: expected losses of at least 0, got {float(wide.min()):g}")
         values.append(wide.log() if literal else wide)
     whole, pruned = values
+    check.check_broadcasts(pruned, "pruned_loss", whole, "loss")
     result = torch.where(whole.abs() < SMALLEST_LOSS, math.nan, (pruned - whole) / whole)
     return result if isinstance(loss, Tensor) or isinstance(pruned_loss, Tensor) else float(result)
 
@@ -152,7 +152,7 @@ def relative_performance_loss(
     inputs : Tensor, shape (B, ...), or iterable of (x, y)
         The test set whole, or in batches (a DataLoader); then ``labels`` is None.
     labels : Tensor, shape (B,), or None
-        True classes; whatever ``loss`` takes if it is one's own.
+        True classes; whatever ``loss`` takes if it is one's own, one entry for each sample.
     features : dict of name to set, sequence of sets, or boolean Tensor (K, ...)
         A set is a list of indices into the flattened sample, or a boolean mask of a sample's shape (dimensions of 1
         broadcast: (1, H, W) prunes pixels of images).
@@ -176,7 +176,8 @@ def relative_performance_loss(
     Raises
     ------
     TypeError, ValueError
-        An empty set of data or of features, indices out of range, labels that do not fit.
+        An empty set of data or of features, inputs that are neither a tensor nor batches (x, y), features that are no
+        indices or masks, indices out of range, labels that do not fit.
 
     Notes
     -----
@@ -193,13 +194,16 @@ def relative_performance_loss(
         raise ValueError(f"loss: expected 'log_loss' or a callable, got {loss!r}")
     if isinstance(inputs, Tensor) and labels is None:
         raise ValueError("labels: expected the true classes beside a tensor of inputs, got None")
+    if isinstance(inputs, np.ndarray):
+        raise TypeError("inputs: expected a torch.Tensor or batches (x, y), got ndarray")
+    check.check_iterable(inputs, "inputs", "a torch.Tensor or batches (x, y)")
     names, sets = _named(features)
     batches = [(inputs, labels)] if isinstance(inputs, Tensor) else inputs
     total: Tensor | None = None
     samples = evaluations = 0
     masks: Tensor | None = None
     read: _Losses | None = None
-    for x, y in batches:
+    for x, y in map(_pair, batches):
         run = Forwards(forward, x, additional_forward_args, batch_size, memory_budget, "pruning" if progress else None)
         if masks is None:
             masks = torch.stack([_mask(s, x, name) for name, s in zip(names, sets, strict=True)])
@@ -237,6 +241,10 @@ class _Losses:
     @classmethod
     def of(cls, loss: str | Loss, original: Tensor, labels: Any, outputs: str, before: _Losses | None) -> _Losses:
         if callable(loss):
+            labels = check.as_tensor(labels, "labels").to(original.device)
+            if labels.shape[:1] != original.shape[:1]:
+                wanted = f"one for each of the {len(original)} samples"
+                raise ValueError(f"labels: expected {wanted}, got shape {check.shape_of(labels)}")
             return cls(loss, labels, False)
         if original.dim() != 2:
             raise ValueError(f"forward: expected class scores (B, C) for log_loss, got {check.shape_of(original)}")
@@ -274,6 +282,12 @@ def _batch_losses(
     return torch.cat([whole, values])
 
 
+def _pair(batch: Any) -> tuple[Tensor, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"inputs: expected batches (x, y), got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
 def _named(features: Any) -> tuple[list[str], list[Any]]:
     if isinstance(features, Mapping):
         names, sets = [str(name) for name in features], list(features.values())
@@ -296,7 +310,7 @@ def _mask(chosen: Any, inputs: Tensor, name: str) -> Tensor:
             wanted, got = tuple(shape), check.shape_of(chosen)
             raise ValueError(f"features: expected a mask that broadcasts to {wanted} for set {name!r}, got {got}")
         return chosen.to(inputs.device).expand(shape)
-    index = torch.as_tensor(chosen)
+    index = check.as_tensor(chosen, f"features[{name!r}]")
     if index.numel() and (index.dtype == torch.bool or index.is_floating_point()):
         raise TypeError(f"features: expected whole numbers or a boolean tensor for set {name!r}, got {index.dtype}")
     index = index.to(device=inputs.device, dtype=torch.int64).flatten()

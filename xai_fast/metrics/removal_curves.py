@@ -189,7 +189,7 @@ def insertion_curve(
 
 
 def _curve(removal: Removal, target: Any, steps: int, order: str, outputs: str, insert: bool) -> RemovalCurve:
-    check.check_count(steps, "steps")
+    steps = check.check_count(steps, "steps")
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
     run, features = removal.forwards, removal.features

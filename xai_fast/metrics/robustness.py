@@ -201,8 +201,8 @@ def attack_explanation(
     _check_callables(explanation, forward, inputs, generator)
     epsilon = check.check_positive(epsilon, "epsilon")
     kind = _measure_of(method, measure, target_map)
-    for value, name in ((steps, "steps"), (restarts, "restarts"), (n_candidates, "n_candidates")):
-        check.check_count(value, name)
+    counts = ((steps, "steps"), (restarts, "restarts"), (n_candidates, "n_candidates"))
+    steps, restarts, n_candidates = (check.check_count(value, name) for value, name in counts)
     step_size = min(epsilon, 2.5 * epsilon / steps) if step_size is None else check.check_positive(step_size, "step_size")
     start = inputs.detach()
     size = len(start) if batch_size is None else check.check_count(batch_size, "batch_size")
@@ -243,7 +243,7 @@ class _Subject:
 
     def __post_init__(self) -> None:
         if self.softplus_beta is not None:
-            check.check_positive(self.softplus_beta, "softplus_beta")
+            self.softplus_beta = check.check_positive(self.softplus_beta, "softplus_beta")
 
     def scores(self, x: Tensor, chunks: list[slice]) -> Tensor:
         """Class scores (B, C), or (B,)."""
@@ -460,8 +460,7 @@ def _check_callables(explanation: Any, forward: Any, inputs: Any, generator: Any
     check.check_float_tensor(inputs, "inputs")
     if inputs.ndim < 2 or 0 in inputs.shape:
         raise ValueError(f"inputs: expected shape (B, ...) with samples and entries, got {check.shape_of(inputs)}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    check.check_generator(generator)
 
 
 def _measure_of(method: Any, measure: Any, target_map: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor
 from .. import ops
 from ..ops import _checks as check
 from ._forwards import DEFAULT_BUDGET, Forwards, draw_seed, target_classes
+from .explainers import given_target
 
 __all__ = ["Sensitivity", "sensitivity", "sensitivity_max"]
 
 BALLS = {2: "l2", math.inf: "linf"}
+NORMS: dict[Any, str] = {"fro": "l2", 1: "l1", **BALLS}
 DISTANCES = ("l2", "l1", "linf")
 
 
@@ -106,7 +108,8 @@ def sensitivity(
     relative : bool
         Divide by the norm of g(x) (not for a callable D); a norm of 0 counts as 1.
     target : int or Tensor, shape (B,), optional
-        Class to explain. None: the explanation picks it.
+        Class to explain. None: the explanation picks it; the classes that an :class:`.Explainer` has for the samples stay
+        those of their perturbations.
     additional_forward_args : tuple
         Of `forward` alone; tensors whose first dimension is B follow their samples.
     generator : torch.Generator, optional
@@ -126,7 +129,7 @@ def sensitivity(
     ------
     TypeError, ValueError
         Inputs that are not floating, an unknown norm or distance, a radius or number that is not above 0, an explanation
-        that does not return one map for every example.
+        that does not return one map for every example, a distance of one's own that does not return one value.
 
     Notes
     -----
@@ -144,8 +147,7 @@ def sensitivity(
     """
     count = check.check_count(n_samples, "n_samples")
     radius = check.check_positive(radius, "radius")
-    if norm_ord not in BALLS:
-        raise ValueError(f"norm_ord: expected 2 or inf, got {norm_ord!r}")
+    ball = _norm(norm_ord, BALLS, "2 or inf")
     measure = _Distance.of(distance, relative)
     run = Forwards(forward, inputs, additional_forward_args, batch_size, memory_budget, "sensitivity" if progress else None)
     check.check_float_tensor(inputs, "inputs")
@@ -154,6 +156,7 @@ def sensitivity(
     if original.dim() != 2:
         raise ValueError(f"forward: expected class scores (B, C) for sensitivity, got {check.shape_of(original)}")
     predicted = original.argmax(1)
+    target = given_target(explanation, target)
     classes = None if target is None else target_classes(target, original)
     batch, device = len(inputs), inputs.device
     pieces = [explain(run.inputs[part].clone(), None if classes is None else classes[part]) for part in run.chunks(batch)]
@@ -164,7 +167,7 @@ def sensitivity(
         # Draw by draw: a chunk then holds few copies of a sample, and its sums by sample stay short.
         example = torch.arange(part.start, part.stop, device=device)
         sample, draw = example % batch, example // batch
-        z = ops.perturb(run.inputs, sample=sample, draw=draw, radius=radius, ball=BALLS[norm_ord], seed=seed)
+        z = ops.perturb(run.inputs, sample=sample, draw=draw, radius=radius, ball=ball, seed=seed)
         same = run(z, sample).argmax(1) == predicted[sample]
         if not bool(same.all()):
             z, sample = z[same], sample[same]
@@ -213,7 +216,8 @@ def sensitivity_max(
     memory_budget : int
         Bytes of perturbed inputs that exist at once.
     **kwargs
-        For ``explanation_func``; tensors, and those in tuples, whose first dimension is the batch follow their samples.
+        For ``explanation_func``; tensors, and those in tuples, whose first dimension is the batch follow their samples. So
+        do the classes that an :class:`.Explainer` has for them.
 
     Returns
     -------
@@ -238,15 +242,17 @@ def sensitivity_max(
     """
     count = check.check_count(n_perturb_samples, "n_perturb_samples")
     radius = check.check_at_least_zero(perturb_radius, "perturb_radius")
-    norm = {"fro": "l2", 1: "l1", 2: "l2", math.inf: "linf"}.get(norm_ord)
-    if norm is None:
-        raise ValueError(f"norm_ord: expected 'fro', 1, 2 or inf, got {norm_ord!r}")
-    whole = inputs if isinstance(inputs, tuple) else (inputs,)
-    for x in whole:
-        check.check_float_tensor(x, "inputs")
+    norm = _norm(norm_ord, NORMS, "'fro', 1, 2 or inf")
+    if not callable(explanation_func):
+        raise TypeError(f"explanation_func: expected a callable, got {type(explanation_func).__name__}")
+    if max_examples_per_batch is not None:
+        check.check_count(max_examples_per_batch, "max_examples_per_batch")
+    whole = _tensors(inputs)
     runs = Forwards(lambda x: x, whole[0], (), max_examples_per_batch, memory_budget // len(whole))
     batch, device = len(whole[0]), whole[0].device
     seed = draw_seed(generator)
+    if (target := given_target(explanation_func, kwargs.get("target"))) is not None:
+        kwargs["target"] = target
 
     def explain(x: tuple[Tensor, ...], sample: Tensor) -> Tensor:
         chosen = {name: _followed(value, sample, batch) for name, value in kwargs.items()}
@@ -271,6 +277,26 @@ def sensitivity_max(
         apart = measure(explain(noisy(sample, draw), sample), sample)
         largest.scatter_reduce_(0, sample, apart, "amax")
     return largest.to(torch.float64 if measure.centre.dtype == torch.float64 else torch.float32)
+
+
+def _norm(norm_ord: Any, norms: Mapping[Any, str], wanted: str) -> str:
+    value = check.as_number(norm_ord)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value not in norms:
+        raise ValueError(f"norm_ord: expected {wanted}, got {norm_ord!r}")
+    return norms[value]
+
+
+def _tensors(inputs: Any) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of tensors of one batch size."""
+    whole = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not whole:
+        raise ValueError("inputs: expected at least one tensor, got an empty tuple")
+    for x in whole:
+        check.check_float_tensor(x, "inputs")
+        if x.shape[:1] != whole[0].shape[:1]:
+            shapes = f"{check.shape_of(whole[0])} and {check.shape_of(x)}"
+            raise ValueError(f"inputs: expected tensors of one batch size, got shapes {shapes}")
+    return whole
 
 
 @dataclass
@@ -298,9 +324,16 @@ class _Distance:
             wanted, got = (len(maps), *self.centre.shape[1:]), check.shape_of(maps)
             raise ValueError(f"explanation: expected maps of shape {wanted} for perturbed inputs, got {got}")
         if self.function is not None:
-            return self.function(maps, self.centre[sample]).double()
+            return self._own(self.function, maps, sample)
         apart = ops.map_distances(maps.to(self.centre.dtype), self.centre, sample=sample, norm=self.norm or "l2")
         return apart / self.scale()[sample] if self.relative else apart
+
+    def _own(self, function: Callable[[Tensor, Tensor], Tensor], maps: Tensor, sample: Tensor) -> Tensor:
+        apart = function(maps, self.centre[sample])
+        if not isinstance(apart, Tensor) or apart.shape != sample.shape:
+            got = f"shape {check.shape_of(apart)}" if isinstance(apart, Tensor) else type(apart).__name__
+            raise ValueError(f"distance: expected it to return one value a map, shape ({len(sample)},), got {got}")
+        return apart.detach().double()
 
     def scale(self) -> Tensor:
         """|g(x)|, 1 where that is 0."""

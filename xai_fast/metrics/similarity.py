@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulate_dtype
-from ..ops._checks import check_count, check_float_tensor, check_like, shape_of
+from ..ops._checks import as_number, check_count, check_float_tensor, check_like, shape_of
 
 __all__ = [
     "average_ranks",
@@ -256,6 +256,7 @@ def exact_centre(a: Tensor) -> Tensor:
 
 def feature_count(k: Any, features: int) -> int:
     """k as a number of features."""
+    k = as_number(k)
     if isinstance(k, float):
         if not 0 < k <= 1:
             raise ValueError(f"k: expected a share above 0 and up to 1, or a whole number, got {k!r}")

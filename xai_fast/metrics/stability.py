@@ -143,7 +143,9 @@ def seed_stability(
     >>> found.cosine_matrix.shape, bool(found.cosine > 0.9)
     (torch.Size([1, 5, 5]), True)
     """
-    check.check_count(memory_budget, "memory_budget")
+    memory_budget = check.check_count(memory_budget, "memory_budget")
+    if seeds is not None:
+        check.check_iterable(seeds, "seeds", "one for each run")
     names = None if seeds is None else tuple(seeds)
     runs = _collect(attributions, names, inputs, progress)
     batch, features = len(runs[0]), math.prod(runs[0].shape[1:])

@@ -21,7 +21,6 @@ from ._study_plan import check_options, plan_measures
 from ._study_result import Study
 from ._study_store import Folder, Part
 from ._study_work import Counted, Work, no_explainer
-from .conciseness import from_numpy
 from .fidelity import DEFAULT_SPARSITY
 
 __all__ = ["Measure", "Seeded", "Study", "StudyContext", "run_study"]
@@ -202,17 +201,16 @@ def _check_seeds(seeds: Any) -> tuple[int, ...]:
 
 
 def _check_sparsity(sparsity: Any) -> tuple[float, ...]:
-    single = isinstance(sparsity, (int, float))
-    levels = tuple(check.check_number(v, "sparsity") for v in ([sparsity] if single else sparsity))
-    if not levels or len(set(levels)) < len(levels) or not all(0 <= v <= 1 for v in levels):
-        raise ValueError(f"sparsity: expected shares from 0 to 1, at least one, each once, got {sparsity!r}")
+    levels = tuple(check.check_number(v, "sparsity") for v in check.one_or_more(sparsity, "sparsity")[0])
+    if len(set(levels)) < len(levels) or not all(0 <= v <= 1 for v in levels):
+        raise ValueError(f"sparsity: expected shares from 0 to 1, each once, got {sparsity!r}")
     return levels
 
 
 def _check_masks(masks: Any, inputs: Tensor) -> Tensor | None:
     if masks is None:
         return None
-    found = from_numpy(masks, "masks") if isinstance(masks, np.ndarray) else masks
+    found = check.from_numpy(masks, "masks") if isinstance(masks, np.ndarray) else masks
     if not isinstance(found, Tensor):
         raise TypeError(f"masks: expected a torch.Tensor or a numpy array, got {type(masks).__name__}")
     if found.dim() < 2 or found.shape[0] not in (1, len(inputs)):

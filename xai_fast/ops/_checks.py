@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +25,63 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
 
 def check_float_tensor(x: Any, name: str) -> None:
     """TypeError unless x is a tensor of a supported floating dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    check_tensor(x, name)
     if x.dtype not in SUPPORTED:
         raise TypeError(f"{name}: expected a float32, float64, float16 or bfloat16 tensor, got {x.dtype}")
+
+
+def check_tensor(x: Any, name: str) -> None:
+    """TypeError unless x is a tensor, and not a sparse one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
+
+
+def as_tensor(x: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Tensors as they are, or in that dtype; arrays, numbers and nested lists of numbers as tensors; else TypeError."""
+    x = from_numpy(x, name) if isinstance(x, np.ndarray) else x
+    if isinstance(x, Tensor):
+        check_tensor(x, name)
+    try:
+        return torch.as_tensor(x, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: expected a torch.Tensor or numbers, got {_told(x)}") from None
+
+
+def _told(x: Any) -> str:
+    """The type, and of a list what it holds."""
+    inside = f" of {type(x[0]).__name__}" if isinstance(x, (list, tuple)) and x else ""
+    return type(x).__name__ + inside
+
+
+def from_numpy(x: np.ndarray, name: str) -> Tensor:
+    """The array as a tensor; a copy only where torch cannot share it (read-only, reversed or byte-swapped memory)."""
+    if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {x.dtype}")
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
+    shareable = x.flags.writeable and all(stride >= 0 for stride in x.strides)
+    return torch.from_numpy(x if shareable else x.copy())
+
+
+def check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+
+
+def check_iterable(x: Any, name: str, what: str) -> None:
+    """TypeError unless x can be iterated over; text cannot."""
+    if isinstance(x, (str, bytes)) or not isinstance(x, Iterable):
+        raise TypeError(f"{name}: expected {what}, got {type(x).__name__}")
+
+
+def check_broadcasts(x: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    try:
+        torch.broadcast_shapes(x.shape, like.shape)
+    except RuntimeError:
+        wanted = f"a shape that broadcasts with {like_name} {shape_of(like)}"
+        raise ValueError(f"{name}: expected {wanted}, got {shape_of(x)}") from None
 
 
 def check_same_device(x: Tensor, name: str, device: torch.device) -> None:
@@ -39,9 +94,15 @@ def check_head_fusion(head_fusion: Any) -> None:
         raise ValueError(f"head_fusion: expected one of {', '.join(HEAD_FUSIONS)}, got {head_fusion!r}")
 
 
+def as_number(x: Any) -> Any:
+    """Numpy's scalars and tensors without dimensions as Python numbers; all else as it is."""
+    return x.item() if isinstance(x, (np.generic, np.ndarray, Tensor)) and x.ndim == 0 else x
+
+
 def check_number(x: Any, name: str) -> float:
     """A finite number as a float."""
     if type(x) is not float:
+        x = as_number(x)
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
         x = float(x)
@@ -66,14 +127,35 @@ def check_positive(x: Any, name: str) -> float:
     return value
 
 
+def number_or_tensor(x: Any, name: str) -> Tensor:
+    """A number or a tensor as a tensor in float64."""
+    number = x if isinstance(x, Tensor) else as_number(x)
+    if isinstance(number, bool) or not isinstance(number, (int, float, Tensor)):
+        raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(x).__name__}")
+    return as_tensor(number, name, torch.float64)
+
+
 def check_count(x: Any, name: str, least: int = 1, most: int | None = None) -> int:
-    """A whole number of at least `least` and at most `most`."""
+    """A whole number of at least `least` and at most `most`, as an int."""
+    if type(x) is not int:
+        x = as_number(x)
     if isinstance(x, bool) or not isinstance(x, int):
         raise TypeError(f"{name}: expected a whole number, got {type(x).__name__}")
     if x < least or (most is not None and x > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}: expected a whole number {wanted}, got {x}")
     return x
+
+
+def one_or_more(x: Any, name: str) -> tuple[list[Any], bool]:
+    """The values of a number or of a sequence of numbers, not checked themselves, and whether it was a single one."""
+    number = as_number(x)
+    if isinstance(number, (int, float)):
+        return [number], True
+    check_iterable(x, name, "a number or a sequence of numbers")
+    if not (values := list(x)):
+        raise ValueError(f"{name}: expected at least one value, got none")
+    return values, False
 
 
 def check_seed(seed: Any) -> int:

@@ -322,10 +322,10 @@ def lissa(
     if sample_weight is not None:
         sample_weight = glm.per_row(sample_weight, "sample_weight", X, None, g.dtype)
     check.check_count(X.shape[0], "rows of X", 1, MOST_ROWS)
-    check.check_count(batch_size, "batch_size", 1, X.shape[0])
-    check.check_count(steps, "steps")
-    check.check_count(first_step, "first_step", 0, 2**32 - 1 - steps)
-    check.check_count(skip, "skip", 0, steps - 1)
+    batch_size = check.check_count(batch_size, "batch_size", 1, X.shape[0])
+    steps = check.check_count(steps, "steps")
+    first_step = check.check_count(first_step, "first_step", 0, 2**32 - 1 - steps)
+    skip = check.check_count(skip, "skip", 0, steps - 1)
     sigma = check.check_positive(sigma, "sigma")
     l2, damping = check.check_at_least_zero(l2, "l2"), check.check_at_least_zero(damping, "damping")
     at = g
@@ -448,7 +448,7 @@ def influence_top_k(
     (tensor([[2., 1.]]), tensor([[2, 0]]))
     """
     delta, wide, rows = _score_operands(X, delta, solutions, rows, bool(intercept))
-    check.check_count(k, "k", 1, X.shape[0] if rows is None else rows.shape[0])
+    k = check.check_count(k, "k", 1, X.shape[0] if rows is None else rows.shape[0])
     values, indices = _influence_top_k(X, delta, wide, rows, bool(intercept), k, bool(largest))
     return values.to(solutions.dtype), indices
 
@@ -483,9 +483,9 @@ def sample_rows(rows: int, count: int, *, seed: int, step: int = 0, device: torc
     >>> xf.ops.sample_rows(1000, 4, seed=3, step=5)
     tensor([330, 195, 313, 836])
     """
-    check.check_count(rows, "rows", 1, MOST_ROWS)
-    check.check_count(count, "count")
-    check.check_count(step, "step", 0, 2**32 - 1)
+    rows = check.check_count(rows, "rows", 1, MOST_ROWS)
+    count = check.check_count(count, "count")
+    step = check.check_count(step, "step", 0, 2**32 - 1)
     return _sample_rows(torch.empty(0, device=device), rows, count, check.check_seed(seed), step)
 
 
@@ -532,6 +532,6 @@ def random_projection(x: Tensor, outputs: int, *, seed: int = 0, offset: int = 0
     check.check_float_tensor(x, "x")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected shape (B, P) with P of at least 1, got {check.shape_of(x)}")
-    check.check_count(outputs, "outputs")
-    check.check_count(offset, "offset", 0, 2**63 - 1 - x.shape[1])
+    outputs = check.check_count(outputs, "outputs")
+    offset = check.check_count(offset, "offset", 0, 2**63 - 1 - x.shape[1])
     return _random_projection(x, outputs, check.check_seed(seed), offset)

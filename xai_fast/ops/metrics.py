@@ -348,7 +348,9 @@ def conciseness(maps: Tensor, *, threshold: float = 0.0, gini: bool = True) -> T
     -----
     Sources: size and entropy, Amara et al. (2022), GraphFramEx (arXiv 2206.09677); entropy as complexity, Bhatt, Weller &
     Moura (2020, arXiv 2005.00631), section 2.3; Gini index, Chalasani et al. (2020), "Concise explanations of neural
-    networks using adversarial training". Sums in float64. Not differentiable.
+    networks using adversarial training". Sums in float64, as the maps come: those of magnitudes near the ends of its range,
+    1e308 / n^2 and 5e-324, overflow or lose their digits, and the entropy and Gini index with them; the measures of
+    ``xai_fast.metrics`` rescale such maps. Not differentiable.
 
     Examples
     --------

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from xai_fast._version import __version__
-from xai_fast.ops._checks import check_count, check_seed
+from xai_fast.ops._checks import check_count, check_iterable, check_seed
 
 from ._gallery import Gallery
 from ._page import render
@@ -104,8 +104,9 @@ def build_form(
         How many forms to make, for example one for each participant. Sides and options of versions 1 and 2, 3 and 4, ...
         mirror each other, so that an even number of versions shows both equally often.
     submit_url : str, optional
-        Where the last page posts the answers to, for a crowd-work platform: an http(s) address or a path that begins with
-        "/". Default: nothing is sent; the participant downloads or copies the answers.
+        Where the last page posts the answers to, for a crowd-work platform: an http(s) address, or a path that begins with
+        a single "/", without whitespace and control characters. Default: nothing is sent; the participant downloads or
+        copies the answers.
     submit_field : str
         Name of the hidden form field that carries the answers as CSV.
     image_format : {"png", "jpeg"}
@@ -118,7 +119,7 @@ def build_form(
     Raises
     ------
     ValueError, TypeError
-        No questions, ids used twice, pictures that are none.
+        No questions, ids used twice, pictures that are none, another `submit_url`.
     OSError
         A path at which there is no readable picture.
 
@@ -145,8 +146,8 @@ def build_form(
     texts = {"title": title, "introduction": introduction, "submit_field": submit_field}
     for name, text in (texts if consent is None else {**texts, "consent": consent}).items():
         check_text(text, name)
-    check_seed(seed)
-    check_count(n_versions, "n_versions")
+    seed = check_seed(seed)
+    n_versions = check_count(n_versions, "n_versions")
     _check_submit_url(submit_url)
     if image_format not in ("png", "jpeg"):
         raise ValueError(f"image_format: expected 'png' or 'jpeg', got {image_format!r}")
@@ -315,10 +316,11 @@ def _named(
 
 
 def _by_name(items: Iterable[Any], name: str, kinds: tuple[type[Any], ...]) -> dict[str, Any]:
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    check_iterable(items, name, f"several {wanted}")
     found: dict[str, Any] = {}
     for place, item in enumerate(items, 1):
         if not isinstance(item, kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
             raise TypeError(f"{name}: expected {wanted}, got {type(item).__name__}")
         key = item.id or f"{_kind(item)}-{place}"
         if key in found:
@@ -349,5 +351,7 @@ def _check_submit_url(url: Any) -> None:
     if url is None:
         return
     check_text(url, "submit_url")
-    if not re.match(r"(https?://|/)", url):
-        raise ValueError(f"submit_url: expected an http(s) address or a path that begins with '/', got {url!r}")
+    # Browsers read "//host" and "/\host" as another site, and drop line breaks before they look.
+    if not re.match(r"https?://[^/\\]|/(?![/\\])", url) or not url.isprintable() or " " in url:
+        wanted = "an http(s) address or a path that begins with a single '/', without spaces"
+        raise ValueError(f"submit_url: expected {wanted}, got {url!r}")

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from xai_fast.ops._checks import check_count, check_number, check_seed
+from xai_fast.ops._checks import check_count, check_iterable, check_number, check_seed
 
 from .forms import COLUMNS, FORMAT
 from .questions import SCALE
@@ -234,11 +234,13 @@ def score(
     [('ours', 1.0, 0.125), ('noise', 0.0, 0.125)]
     """
     study = _study(manifest)
-    check_count(n_bootstrap, "n_bootstrap")
-    check_count(max_failed_checks, "max_failed_checks", 0)
-    check_seed(seed)
+    n_bootstrap = check_count(n_bootstrap, "n_bootstrap")
+    max_failed_checks = check_count(max_failed_checks, "max_failed_checks", 0)
+    seed = check_seed(seed)
     if not 0 < check_number(confidence, "confidence") < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")
+    check_iterable(answers, "answers", "a sequence of Answer")
+    answers = list(answers)
     _check_known(answers, study)
     kept, dropped = _select(answers, study, max_failed_checks)
     if not kept:
@@ -368,6 +370,7 @@ def _given(answer: str, question: Mapping[str, Any]) -> str | int:
 def _listed(sources: Any) -> list[Source]:
     if isinstance(sources, (str, os.PathLike)) or hasattr(sources, "read"):
         return [sources]
+    check_iterable(sources, "sources", "a path, a text file or several")
     return list(sources)
 
 
@@ -387,6 +390,8 @@ def _check_known(answers: Sequence[Answer], study: _Study) -> None:
     """Answers that were not read by `read_answers` may fit no study, or be there twice."""
     seen = set()
     for answer in answers:
+        if not isinstance(answer, Answer):
+            raise TypeError(f"answers: expected Answer, got {type(answer).__name__}")
         if answer.question not in study.versions.get(answer.version, {}):
             raise ValueError(
                 f"answers: expected questions of the manifest, got {answer.question!r} in version {answer.version}"
