@@ -63,6 +63,21 @@ def test_captum_inputs_are_leaves_of_their_own() -> None:
     assert torch.equal(method.called["baselines"], torch.zeros(2, 3))
 
 
+def test_captum_methods_may_write_to_what_they_get() -> None:
+    def rude(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            for given in (inputs, method.called["baselines"], method.called["target"]):
+                given.mul_(2)
+        return inputs
+
+    method = Method(rude)
+    x, baseline, target = torch.ones(2, 3), torch.ones(1, 3), torch.tensor([1, 2])
+    assert torch.equal(captum_explainer(method, baselines=baseline)(x, target), 2 * torch.ones(2, 3))
+    captum_explainer(method, baselines=lambda x: x.mul_(2))(x, target)
+    assert x.unique().tolist() == baseline.unique().tolist() == [1]
+    assert target.tolist() == [1, 2]
+
+
 def test_captum_shapes() -> None:
     x, target = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
     layer = torch.arange(2 * 5 * 4.0).view(2, 5, 2, 2)

@@ -198,6 +198,25 @@ def test_images_with_patches() -> None:
     assert math.isclose(float(faithfulness_correlation(lambda x: model(x).sum(1), images, maps)[0]), 1, abs_tol=1e-5)
 
 
+@pytest.mark.parametrize("change", [{}, {"similarity": "spearman"}, {"normalize": True}])
+@pytest.mark.parametrize("function", [faithfulness_correlation, feature_correlation, infidelity])
+def test_a_map_with_nan_says_nothing(function: Any, change: dict[str, Any]) -> None:
+    if ("normalize" in change) > (function is infidelity) or ("similarity" in change) > (function is not infidelity):
+        return
+    forward, x, maps = data()
+    maps[2, 4] = math.nan
+    assert function(forward, x, maps, **change).isnan().tolist() == [i == 2 for i in range(B)]
+
+
+def test_monotonicity_has_no_answer_for_nan() -> None:
+    forward, x, maps = data()
+    with pytest.raises(ValueError, match=r"^forward: expected outputs without NaN, got NaN in 6 of 6 samples$"):
+        monotonicity(lambda z: forward(z) * math.nan, x, maps)
+    maps[2, 4] = math.nan
+    with pytest.raises(ValueError, match=r"^attributions: expected values without NaN, got NaN in 1 of 6 samples$"):
+        monotonicity(forward, x, maps)
+
+
 @pytest.mark.parametrize(
     ("function", "change", "message"),
     [

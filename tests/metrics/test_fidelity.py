@@ -152,6 +152,51 @@ def test_masks_of_a_graph() -> None:
     assert found.fid_minus[1] == 0
 
 
+@pytest.mark.parametrize("form", ["accuracy", "probability"])
+@pytest.mark.parametrize("change", [{}, {"robust": True}, {"feature_mask": torch.arange(F) // 2}])
+def test_a_map_with_nan_says_nothing(form: str, change: dict[str, Any]) -> None:
+    forward, x, maps, labels = data()
+    maps[2, 3] = float("nan")
+    found = fidelity(forward, x, maps, labels, form=form, sparsity=[0.5, 0.9], generator=torch.Generator(), **change)
+    for kind in ("model", "phenomenon"):
+        for terms in found.per_sample(kind, form):
+            assert terms.isnan().all(1).nonzero().flatten().tolist() == [2]
+            assert terms.isnan().sum() == 2
+    assert found.fid_plus.isnan().all()
+    assert found.fid_minus.isnan().all()
+    assert found.characterization().isnan().all()
+    assert found.sparsity.isfinite().all()  # what was asked for is known
+    assert fidelity(forward, x, maps, threshold=0.0).size.isnan()
+
+
+@pytest.mark.parametrize("form", ["accuracy", "probability"])
+@pytest.mark.parametrize("kind", ["model", "phenomenon"])
+def test_outputs_with_nan_predict_nothing(kind: str, form: str) -> None:
+    """Of one sample on the whole input, of another one only without its explanation."""
+    forward, x, maps, labels = data()
+    maps = torch.arange(F, dtype=torch.float64).expand(B, -1)
+    x[0, 0], x[1, -1] = 77.0, 88.0
+
+    def broken(z: Tensor) -> Tensor:
+        lost = (z[:, 0] == 77) & (z[:, -1] != 0) | (z[:, -1] == 0) & (z == x[1]).any(1)
+        return forward(z).masked_fill(lost[:, None], float("nan"))
+
+    plus, minus = fidelity(broken, x, maps, labels, kind=kind, form=form, top_k=1).per_sample()
+    assert plus.flatten().isnan().tolist() == [True, True, *[False] * (B - 2)]
+    assert minus.flatten().isnan().tolist() == [True, *[False] * (B - 1)]
+
+
+def test_nan_in_one_row_does_not_make_logits_of_probabilities() -> None:
+    forward, x, maps, _ = data()
+    x[0] = 50.0
+
+    def broken(z: Tensor) -> Tensor:
+        return forward(z).softmax(1).masked_fill((z == 50).any(1)[:, None], float("nan"))
+
+    whole, rest = (fidelity(broken, x[i:], maps[i:], form="probability").per_sample()[0] for i in (0, 1))
+    torch.testing.assert_close(whole[1:], rest)
+
+
 @pytest.mark.parametrize("baseline", ["zero", "mean", "blur", "uniform", 0.3, "tensor", "callable"])
 def test_baselines(baseline: Any) -> None:
     torch.manual_seed(0)
@@ -313,6 +358,10 @@ def test_scores_of_classes_and_of_probabilities() -> None:
         ({"sparsity": []}, "sparsity: expected at least one value"),
         ({"soft": True}, "attributions: expected values from 0 to 1"),
         ({"baseline": "black"}, "baseline: expected one of"),
+        ({"baseline": float("nan")}, "baseline: expected a finite number, got nan"),
+        ({"baseline": float("inf")}, "baseline: expected a finite number, got inf"),
+        ({"baseline": torch.full((F,), float("nan"), dtype=torch.float64)}, "baseline: expected finite values, got nan"),
+        ({"baseline": lambda x: x / 0}, "baseline: expected finite values, got -?inf"),
         ({"baseline": "blur"}, "baseline: expected images"),
         ({"baseline": torch.zeros(F + 1)}, "baseline: expected a shape"),
         ({"feature_mask": torch.zeros(F)}, "feature_mask: expected a tensor of whole numbers"),
@@ -371,8 +420,6 @@ def test_numbers_of_numpy_and_torch(given: dict[str, Any], wanted: dict[str, Any
     ("dtype", "value"),
     [
         (torch.int64, 2.9),
-        (torch.int64, float("nan")),
-        (torch.int64, float("inf")),
         (torch.int64, 2**63),
         (torch.uint8, -1),
         (torch.uint8, 256),

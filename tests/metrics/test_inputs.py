@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.metrics.models import classifier
 from xai_fast import metrics
+from xai_fast.metrics import _forwards
 
 B, F, C = 4, 6, 3
 
@@ -74,8 +75,36 @@ def test_inputs_are_left_as_they_were(name: str) -> None:
 def test_a_model_that_works_in_place_does_not_reach_the_inputs(name: str) -> None:
     x, a, y = data(torch.float64)
     before = x.clone()
-    result(name, x, a, y, model=lambda z: MODEL(z.mul_(0.5)))
+    found = result(name, x, a, y, model=lambda z: MODEL(z.mul_(0.5)))
     assert torch.equal(x, before)
+    torch.testing.assert_close(found, result(name, x, a, y, model=lambda z: MODEL(z * 0.5)), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_that_returns_one_buffer_again_and_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As models in a CUDA graph do: the next chunk must not change the outputs that are kept."""
+    monkeypatch.setattr(_forwards, "CPU_BYTES", 1)
+    monkeypatch.setattr(_forwards, "CPU_LEAST", 1)
+    arguments = data(torch.float64)
+    sizes: set[int] = set()
+
+    def buffered(model: Any) -> Callable[[Tensor], Tensor]:
+        buffers: dict[torch.Size, Tensor] = {}
+
+        def forward(z: Tensor) -> Tensor:
+            sizes.add(len(z))
+            found = model(z)
+            return buffers.setdefault(found.shape, torch.empty_like(found)).copy_(found)
+
+        return forward
+
+    models = [MODEL]
+    if name not in ("sensitivity", "relative_performance_loss", "insertion_curve") and "fidelity" not in name:
+        models.append(lambda z: MODEL(z)[:, 0])  # one output a sample
+    for model in models:
+        found = result(name, *arguments, model=buffered(model))
+        torch.testing.assert_close(found, result(name, *arguments, model=model), equal_nan=True)
+    assert sizes <= {1}
 
 
 @pytest.mark.parametrize("name", CALLS)

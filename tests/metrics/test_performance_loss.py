@@ -106,6 +106,17 @@ def test_lists_of_labels_for_a_loss_of_ones_own() -> None:
     assert found[0].loss == found[1].loss == found[2].loss
 
 
+def test_nan_is_neither_right_nor_wrong() -> None:
+    model, x, y = data()
+
+    def broken(z: Tensor) -> Tensor:
+        return model(z).masked_fill((z[:, 0] == 0)[:, None], math.nan)
+
+    found = relative_performance_loss(broken, x, y, SETS)
+    assert math.isfinite(found.accuracy)
+    assert found.pruned_accuracy.isnan().tolist() == found.relative_loss.isnan().tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

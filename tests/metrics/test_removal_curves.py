@@ -64,6 +64,30 @@ def test_outputs() -> None:
     assert not torch.allclose(twice.values, logits.values)
 
 
+@pytest.mark.parametrize("measure", [deletion_curve, insertion_curve])
+@pytest.mark.parametrize("order", ["most_first", "least_first"])
+def test_nan_stays_with_its_sample(measure: Any, order: str) -> None:
+    forward, x, maps = data()
+    maps[2, 4] = float("nan")
+    found = measure(forward, x, maps, order=order)
+    assert found.values.isnan().all(1).tolist() == found.values.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert found.area.isnan().tolist() == [False, False, True, False, False]
+    assert found.mean.isnan().all()
+
+
+@pytest.mark.parametrize("measure", [deletion_curve, insertion_curve])
+def test_outputs_with_nan_have_no_class_to_follow(measure: Any) -> None:
+    forward, x, maps = data()
+
+    def broken(z: torch.Tensor) -> torch.Tensor:
+        return forward(z).masked_fill((z == x[0]).all(1)[:, None], float("nan"))
+
+    predicted, given = measure(broken, x, maps), measure(broken, x, maps, target=1)
+    assert predicted.values[0].isnan().all()
+    assert given.values[0].isnan().sum() == 1  # the point at the input itself
+    assert predicted.area.isnan().tolist() == given.area.isnan().tolist() == [True, *[False] * (B - 1)]
+
+
 def test_one_feature_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
     found = deletion_curve(lambda x: x, torch.tensor([[2.0]]), torch.tensor([[1.0]]), outputs="raw", progress=True)
     assert found.values.tolist() == [[2, 0]]

@@ -446,6 +446,27 @@ def test_errors_of_the_explainers() -> None:
         integrated_gradients(mlp(), baseline=torch.zeros(3))(images())
 
 
+@pytest.mark.parametrize("method", ["random", "top_k"])
+def test_outputs_with_nan_are_no_prediction_to_keep(method: str) -> None:
+    model, x = mlp(), images()
+
+    def broken(z: Tensor) -> Tensor:
+        first = (z[:, 0] - x[0, 0]).abs().flatten(1).amax(1) < 2 * EPSILON
+        return model(z).masked_fill(first[:, None], math.nan)
+
+    result = attack(model, x, method=method), attack_explanation(
+        gradient_explanation(model, target=1, magnitude=True), broken, x, method=method, epsilon=EPSILON, steps=20,
+        n_candidates=20, softplus_beta=50.0, k=25,
+    )  # fmt: skip
+    assert result[1].succeeded.tolist() == [False, True, True, True]
+    assert result[1].prediction[0] == -1
+    assert result[1].prediction[1:].tolist() == result[0].prediction[1:].tolist()
+    assert result[1].confidence_before.isnan().tolist() == [True, False, False, False]
+    single = attack_explanation(lambda z: z * z, lambda z: z.sum((1, 2, 3)) * math.nan, x, method="random", epsilon=EPSILON)
+    assert not single.succeeded.any()
+    assert single.prediction.tolist() == [-1] * 4
+
+
 # Explainers
 
 

@@ -182,6 +182,22 @@ def test_sensitivity_max_default_noise_is_in_the_cube() -> None:
     assert torch.equal(first, sensitivity_max(explain, x, perturb_radius=0.25, n_perturb_samples=200, generator=seeded()))
 
 
+def test_nan_is_no_prediction_that_could_be_kept() -> None:
+    """Of the first sample and its neighbours, and of the neighbours of another one, of class 0 as the argmax of NaN is."""
+    model, explain, x = data()
+    other = int((model(x).argmax(1)[1:] == 0).nonzero()[0]) + 1
+
+    def broken(z: Tensor) -> Tensor:
+        apart, nearest = torch.cdist(z, x, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        return model(z).masked_fill(((nearest == 0) | (nearest == other) & (apart > 0))[:, None], math.nan)
+
+    whole = sensitivity(explain, model, x, radius=RADIUS, n_samples=ROUNDS, generator=seeded())
+    found = sensitivity(explain, broken, x, radius=RADIUS, n_samples=ROUNDS, generator=seeded())
+    lost = [i in (0, other) for i in range(B)]
+    assert found.max.isnan().tolist() == found.mean.isnan().tolist() == lost
+    assert torch.equal(found.accepted, whole.accepted.masked_fill(torch.tensor(lost), 0))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

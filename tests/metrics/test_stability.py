@@ -71,6 +71,21 @@ def test_hand_computed() -> None:
     assert found.mean_map.tolist() == [[pytest.approx(10 / 3), pytest.approx(11 / 3)]]
 
 
+def test_runs_get_inputs_and_give_maps_of_their_own() -> None:
+    """A callable may write to what it gets, and return the same buffer for every seed."""
+    x, buffer = torch.rand(3, 4), torch.empty(3, 4)
+    before = x.clone()
+
+    def explain(inputs: Tensor, seed: int) -> Tensor:
+        return buffer.copy_(inputs.mul_(seed + 1))
+
+    found = seed_stability(explain, (0, 1, 2), x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(found.mean_map, 2 * x)
+    found = seed_stability(lambda seed: buffer.fill_(seed).numpy(), (0, 1, 2))
+    torch.testing.assert_close(found.variance, torch.ones(3))
+
+
 def test_kinds_of_input_agree() -> None:
     a = torch.randn(3, 2, 4, 5)
     expected = seed_stability(a, top_k=3)
@@ -82,7 +97,7 @@ def test_kinds_of_input_agree() -> None:
         return a[seed].clone().requires_grad_()
 
     def explain_inputs(inputs: Tensor, seed: int) -> Tensor:
-        assert inputs is given
+        assert torch.equal(inputs, given)
         return a[seed]
 
     given = torch.zeros(2)

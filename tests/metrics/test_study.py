@@ -202,6 +202,27 @@ def test_defaults_follow_the_arguments() -> None:
     assert not found.notes
 
 
+def test_maps_with_nan_have_no_score_and_no_first_place() -> None:
+    forward, x, labels = data()
+
+    def one_lost(inputs: Tensor, target: Tensor) -> Tensor:
+        return gradient(inputs, target).masked_fill((inputs == x[2]).all(1)[:, None], math.nan)
+
+    methods = {"all lost": lambda inputs: inputs * math.nan, "one lost": one_lost, "noise": noise}
+    with pytest.warns(UserWarning, match="NaN in the maps"):
+        found = run_study(methods, forward, x, labels, masks=x > 0, seeds=(0, 1), batch_size=4)
+    assert found.notes == tuple(
+        f"{method} lost, seed {seed}: NaN in the maps of {count} of {B} samples, whose scores are NaN"
+        for method, count in (("all", B), ("one", 1)) for seed in (0, 1)
+    )  # fmt: skip
+    assert found.nan_samples == {"all lost": B, "one lost": 1}
+    for (method, _, name), values in found.values.items():
+        if name != "sensitivity_accepted":  # what the model does to the neighbours
+            unknown = {"all lost": range(B), "one lost": [2], "noise": []}[method]
+            assert values.view(B, -1).isnan().all(1).nonzero().flatten().tolist() == list(unknown), (method, name)
+    assert all(order == ["noise", "one lost"] for order in found.ranking().values())
+
+
 def test_inputs_stay_as_they_are() -> None:
     forward, x, labels = data()
     before, state = x.clone(), torch.get_rng_state()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._copies import unshared
 from .._dtypes import accumulate_dtype
 from ..metrics._forwards import class_scores
 from ..ops import _checks as check
@@ -100,7 +101,7 @@ class Probe:
             rows = slice(start, start + self.batch)
             with torch.enable_grad():
                 with _tapped(self.model, self.layers, _as_node) as seen:
-                    scores = class_scores(self.model(self.inputs[rows], *self._arguments(rows)))
+                    scores = class_scores(self.model(unshared(self.inputs[rows]), *self._arguments(rows)))
                 self._check_called(seen)
                 self.forward_passes += 1
                 last = len(targets) - 1
@@ -132,14 +133,14 @@ class Probe:
         found: dict[str, Tensor] = {}
 
         def keep(_name: str, output: Tensor) -> tuple[Tensor, None]:
-            # A change in place after the layer would change a view that was kept.
+            # A change in place after the layer would change a view that was kept, the next call what a pool gave.
             value = pooled(output.detach().to(accumulate_dtype(output.dtype)), self.pool)
             shared = value.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
-            return (value.clone() if shared else value), None
+            return (value.clone() if shared or callable(self.pool) else value), None
 
-        x = batch.to(self.inputs.device)
-        if x.is_floating_point() and self.inputs.is_floating_point():
-            x = x.to(self.inputs.dtype)
+        is_cast = batch.is_floating_point() and self.inputs.is_floating_point()
+        # A copy: the examples stay as they are where the model begins in place.
+        x = batch.to(self.inputs.device, self.inputs.dtype if is_cast else batch.dtype, copy=True)
         with torch.no_grad(), _tapped(self.model, self.layers, keep) as seen:
             self.model(x, *self._shared_arguments(len(x)))
         self._check_called(seen)
@@ -161,7 +162,7 @@ class Probe:
         return isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.inputs)
 
     def _arguments(self, rows: slice) -> list[Any]:
-        return [a[rows] if self._by_row(a) else a for a in self.additional_forward_args]
+        return [unshared(a[rows] if self._by_row(a) else a) for a in self.additional_forward_args]
 
     def _shared_arguments(self, count: int) -> list[Any]:
         """Arguments for examples of concepts: one row for each input is of use only where all rows are the same."""
@@ -172,7 +173,7 @@ class Probe:
                     wanted = "one for all, or equal rows (the examples of concepts get them too)"
                     raise ValueError(f"additional_forward_args: expected {wanted}, got different rows at {place}")
                 value = value[:1].expand(count, *value.shape[1:])
-            found.append(value)
+            found.append(unshared(value))
         return found
 
 
@@ -181,7 +182,7 @@ def pooled(output: Tensor, pool: Pool) -> Tensor:
     if output.dim() < 2:
         output = output.reshape(-1, 1)
     if callable(pool):
-        found = pool(output)
+        found = pool(unshared(output))  # the layers that follow read it as well
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(output):
             got = check.shape_of(found) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"pool: expected a callable that returns a tensor ({len(output)}, d), got {got}")

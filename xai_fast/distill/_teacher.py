@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._copies import unshared
 from .._optional import optional_import
 from ..ops import _checks as check
 
@@ -99,7 +100,7 @@ class Teacher:
             parts = optional_import("tqdm", "demo").tqdm(parts, desc="teacher", unit="batch", leave=False)
         if self._is_estimator:
             call = getattr(self._teacher, self._method)
-            return torch.cat([_as_tensor(call(x.cpu().numpy())) for x in parts])
+            return torch.cat([_as_tensor(call(unshared(x.cpu().numpy()))).clone() for x in parts])
         module = self._teacher if isinstance(self._teacher, nn.Module) else None
         like = next(module.parameters(), None) if module is not None else None
         was_training = [m for m in module.modules() if m.training] if module is not None else []
@@ -107,7 +108,9 @@ class Teacher:
             for m in was_training:
                 m.training = False
             with torch.no_grad():
-                return torch.cat([_as_tensor(self._teacher(x if like is None else x.to(like))).to(X.device) for x in parts])
+                # Copies on both ways: a teacher may write to what it gets, and return the same buffer at every call.
+                rows = (x.clone() if like is None else x.to(like, copy=True) for x in parts)
+                return torch.cat([_as_tensor(self._teacher(x)).to(X.device, copy=True) for x in rows])
         finally:
             for m in was_training:
                 m.training = True

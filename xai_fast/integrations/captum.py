@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._copies import unshared
 from ..ops import _checks as check
 
 __all__ = ["captum_explainer"]
@@ -87,13 +88,13 @@ def captum_explainer(
 
     def explain(inputs: Tensor, target: Any = None, **more: Any) -> Tensor:
         check.check_tensor(inputs, "inputs")
-        # A leaf of its own: the gradient methods mark their inputs, and the caller's stay as they are.
-        x = inputs.detach()
+        # A leaf of its own: the gradient methods mark their inputs, others may write to them, and the caller's stay.
+        x = unshared(inputs.detach())
         if x.is_floating_point():
             x.requires_grad_()
-        chosen = {**options, **more, **({"target": target} if takes_target else {})}
+        chosen = unshared({**options, **more, **({"target": target} if takes_target else {})})
         if callable(chosen.get("baselines")):
-            chosen["baselines"] = chosen["baselines"](inputs.detach())
+            chosen["baselines"] = chosen["baselines"](unshared(inputs.detach()))
         maps = _single(attribute(x, **chosen))
         return _fitted(maps, inputs, reduce_channels, interpolate)
 

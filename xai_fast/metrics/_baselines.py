@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from .._copies import unshared
 from ..ops import _checks as check
 from ._forwards import draw_seed
 
@@ -31,8 +32,9 @@ def make_baseline(baseline: Baseline, inputs: Tensor, generator: torch.Generator
             raise TypeError(f"baseline: expected a number or a tensor for inputs of {inputs.dtype}, got {baseline!r}")
         return BASELINES[baseline](inputs, generator)
     if callable(baseline):
-        baseline = baseline(inputs)
+        baseline = baseline(unshared(inputs))
     number = check.as_number(baseline)
+    _check_finite(number)
     if isinstance(number, (int, float)) and not isinstance(number, bool):
         return _number(number, inputs)
     return _given(baseline, inputs)
@@ -43,12 +45,19 @@ def _number(number: float, inputs: Tensor) -> Tensor:
     try:
         filler = inputs.new_full((1,) * inputs.dim(), number)
         held = filler.item()
-    except (RuntimeError, ValueError, OverflowError):  # out of range, or NaN among whole numbers
-        held = None
-    rounds = inputs.is_floating_point()
-    if held is None or (math.isinf(held) != math.isinf(number) if rounds else held != number):
+    except (RuntimeError, ValueError, OverflowError):  # out of range
+        held = math.inf
+    if not math.isfinite(held) or (held != number and not inputs.is_floating_point()):
         raise ValueError(f"baseline: expected a number that {inputs.dtype}, the dtype of inputs, can hold, got {number!r}")
     return filler
+
+
+def _check_finite(baseline: Any) -> None:
+    bad = ~baseline.isfinite() if isinstance(baseline, Tensor) else None
+    if bad is not None and bool(bad.any()):
+        raise ValueError(f"baseline: expected finite values, got {baseline[bad][0].item()}")
+    if isinstance(baseline, float) and not math.isfinite(baseline):
+        raise ValueError(f"baseline: expected a finite number, got {baseline}")
 
 
 def _given(baseline: Any, inputs: Tensor) -> Tensor:

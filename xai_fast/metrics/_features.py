@@ -45,6 +45,10 @@ class Features:
         groups, count = _groups(feature_mask, maps)
         return cls(layout, count, _summed(flat, groups, count), groups)
 
+    def unknown(self) -> Tensor:
+        """(B,) whether the attribution of a sample holds a NaN, by which nothing can be ranked."""
+        return self.scores.isnan().any(1)
+
     def view(self, x: Tensor) -> Tensor:
         """Inputs (B or 1, ...) as (B or 1, C, P, D)."""
         return x.reshape(x.shape[0], *self.layout)

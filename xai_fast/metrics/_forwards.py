@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._copies import unshared
 from .._dtypes import accumulate_dtype
 from .._optional import optional_import
 from ..ops import _checks as check
@@ -18,10 +20,12 @@ __all__ = [
     "OUTPUTS",
     "Forwards",
     "Readout",
+    "agreement",
     "check_classes",
     "check_whole",
     "class_scores",
     "draw_seed",
+    "predicted_classes",
     "target_classes",
 ]
 
@@ -84,10 +88,10 @@ class Forwards:
             yield slice(start, min(start + self.chunk, total))
 
     def __call__(self, x: Tensor, sample: Tensor) -> Tensor:
-        """Class scores (E, C), or values (E,), of examples x made of those samples."""
+        """Class scores (E, C), or values (E,), of examples x made of those samples; the model may overwrite x."""
         batch = self.inputs.shape[0]
         extra = [
-            a[sample] if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else a
+            a[sample] if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else unshared(a)
             for a in self.additional_forward_args
         ]
         with torch.no_grad():
@@ -102,8 +106,9 @@ class Forwards:
     def on_inputs(self) -> Tensor:
         """The outputs on the inputs as they are."""
         everything = torch.arange(self.inputs.shape[0], device=self.inputs.device)
-        # Copies: a model may begin with an operation in place.
-        return torch.cat([self(self.inputs[part].clone(), everything[part]) for part in self.chunks(len(everything))])
+        parts = self.chunks(len(everything))
+        # The outputs are copied as well: a model may return the same buffer for every chunk.
+        return torch.cat([self(unshared(self.inputs[part]), everything[part]).clone() for part in parts])
 
 
 def class_scores(outputs: Any) -> Tensor:
@@ -115,6 +120,17 @@ def class_scores(outputs: Any) -> Tensor:
         kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise TypeError(f"forward: expected it to return a floating tensor, got {kind}")
     return outputs.to(accumulate_dtype(outputs.dtype))
+
+
+def predicted_classes(outputs: Tensor) -> Tensor:
+    """(E,) the class of the largest score of each row, -1 where a score is NaN."""
+    best, place = outputs.max(1)  # NaN is larger than all
+    return place.masked_fill(best.isnan(), -1)
+
+
+def agreement(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Whether two classes are the same: 1 or 0, in float64; NaN where `predicted` is no class, but -1 or NaN."""
+    return (predicted == truth).double().masked_fill(~(predicted >= 0), math.nan)
 
 
 def target_classes(target: Any, outputs: Tensor, name: str = "target") -> Tensor:
@@ -169,7 +185,10 @@ class Readout:
 
     @classmethod
     def of(cls, outputs: Tensor, target: Tensor, kind: str) -> Readout:
-        """`outputs` are those of the unchanged inputs; under "auto" they tell whether they are probabilities."""
+        """`outputs` are those of the unchanged inputs; under "auto" all of their rows tell whether they are probabilities.
+
+        Row by row would not do: a row of logits that happens to add up to 1 would be read otherwise than its neighbours.
+        """
         if kind not in OUTPUTS:
             raise ValueError(f"outputs: expected one of {', '.join(OUTPUTS)}, got {kind!r}")
         softmax = kind == "logits" or (kind == "auto" and not _are_probabilities(outputs))
@@ -177,7 +196,7 @@ class Readout:
 
     def __call__(self, outputs: Tensor, sample: Tensor) -> Tensor:
         if outputs.dim() == 1:
-            return outputs
+            return outputs.clone()  # the model's own buffer, which its next call may overwrite
         return self.probabilities(outputs).gather(1, self.target[sample][:, None])[:, 0]
 
     def probabilities(self, outputs: Tensor) -> Tensor:
@@ -187,4 +206,6 @@ class Readout:
 def _are_probabilities(outputs: Tensor) -> bool:
     if outputs.dim() != 2:
         return True
-    return bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() <= SUM_TOLERANCE).all())
+    # A row with a NaN tells nothing.
+    like = (outputs >= 0).all(1) & ((outputs.sum(1) - 1).abs() <= SUM_TOLERANCE) | outputs.isnan().any(1)
+    return bool(like.all())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._copies import unshared
 from .._fingerprint import fingerprint, function_name
 from .._seeding import seeded
 from ..integrations.captum import captum_explainer
@@ -150,10 +151,10 @@ class Explain:
         return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self._batch
 
     def _maps(self, x: Tensor, target: Tensor | None, extra: tuple[Any, ...]) -> Tensor:
-        more = {EXTRA: extra} if self._takes_extra else {}
+        more = unshared({EXTRA: extra}) if self._takes_extra else {}
         with nullcontext() if self._streaming else seeded(self._seed), torch.enable_grad():
-            # A copy: an explainer that works in place does not reach the data.
-            maps = self._call(x.detach().clone(), target, **more)
+            # Copies: an explainer that works in place does not reach the data.
+            maps = self._call(unshared(x.detach()), unshared(target), **more)
         self.explained += len(x)
         name = f"explainers[{self._method!r}]"
         if isinstance(maps, (tuple, list)) and len(maps) == 1:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._copies import unshared
 from ._baselines import Baseline
 from .conciseness import conciseness
 from .faithfulness import faithfulness_correlation, infidelity
@@ -37,6 +38,8 @@ RADIUS_SHARE = 0.05
 @dataclass(frozen=True)
 class StudyContext:
     """What a measure of :func:`run_study` can work with: one method with one seed, on all samples.
+
+    A measure of one's own gets copies of all tensors, which it may overwrite.
 
     Attributes
     ----------
@@ -93,6 +96,10 @@ class StudyContext:
     batch_size: int | None
     memory_budget: int
     study_seed: int
+
+    def unshared(self) -> StudyContext:
+        """The same with copies of its tensors."""
+        return replace(self, **{f.name: unshared(getattr(self, f.name)) for f in fields(self)})
 
     def generator(self) -> torch.Generator:
         """The study's randomness from its start: the same for every method, seed and measure, so that methods are compared

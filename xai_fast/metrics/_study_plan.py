@@ -41,7 +41,7 @@ class Planned:
 
     def __call__(self, context: StudyContext) -> Values:
         """Its values in float64 on the CPU, checked."""
-        found = self.function(context)
+        found = self.function(context if self.own is None else context.unshared())
         found = {self.name: found} if isinstance(found, Tensor) else found
         if not isinstance(found, Mapping):
             got = type(found).__name__

@@ -70,6 +70,8 @@ class Study:
         Time of each method with all of its measures.
     evaluations, explanations : dict of str to int
         Examples that went through the model, and through the explainer, for each method.
+    nan_samples : dict of str to int
+        Samples with a NaN in the map, of the seed with the most, for the methods that have such; their scores are NaN.
 
     Examples
     --------
@@ -94,6 +96,7 @@ class Study:
     seconds: dict[str, float]
     evaluations: dict[str, int]
     explanations: dict[str, int]
+    nan_samples: dict[str, int] = field(default_factory=dict)
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -144,14 +147,18 @@ class Study:
         ]
 
     def ranking(self) -> dict[str, list[str]]:
-        """For every measure with a direction: the methods, best first, by their mean; without those whose value is NaN."""
+        """For every measure with a direction: the methods, best first, by their mean; without those whose value is NaN.
+
+        Methods with NaN in their maps come after all others: their means are over fewer samples.
+        """
         found = {}
         for name, better in self.better.items():
             if better is None:
                 continue
             means = {method: self._mean(method, name) for method in self.methods}
             ordered = [method for method in self.methods if not math.isnan(means[method])]
-            found[name] = sorted(ordered, key=lambda m: means[m], reverse=better == "higher")
+            sign = -1 if better == "higher" else 1
+            found[name] = sorted(ordered, key=lambda m: (m in self.nan_samples, sign * means[m]))
         return found
 
     def to_dataframe(self, by_seed: bool = True) -> Any:

@@ -57,6 +57,7 @@ class Work:
     seconds: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, int] = field(default_factory=dict)
     explanations: dict[str, int] = field(default_factory=dict)
+    nan_samples: dict[str, int] = field(default_factory=dict)
     # The measure that each column belongs to.
     columns: dict[str, str] = field(default_factory=dict)
 
@@ -149,6 +150,15 @@ class Work:
         self.notes.append(note)
         warnings.warn(note, stacklevel=7)
 
+    def note_nan(self, method: str, seed: int, samples: int) -> None:
+        """Say so where maps hold NaN: the measures give these samples NaN."""
+        if samples:
+            self.nan_samples[method] = max(samples, self.nan_samples.get(method, 0))
+            total = len(self.base.inputs)
+            note = f"{method}, seed {seed}: NaN in the maps of {samples} of {total} samples, whose scores are NaN"
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=6)
+
     def _check_columns(self, measure: Planned, part: Part) -> None:
         for column in part.tensors:
             owner = self.columns.setdefault(column, measure.name)
@@ -187,6 +197,7 @@ class Work:
             self.seconds,
             self.evaluations,
             self.explanations,
+            self.nan_samples,
         )
 
     def _directions(self, measure: Planned) -> dict[str, str | None]:
@@ -274,6 +285,7 @@ class _Maps:
                 part = self._made(seed)
                 self._maps[seed], facts = part.tensors[ATTRIBUTIONS], part.facts
             self._work.add(self._method, facts)
+            self._work.note_nan(self._method, seed, facts.get("nan_samples", 0))
             self._prints[seed] = facts["fingerprint"]
         return self._prints[seed]
 
@@ -284,9 +296,11 @@ class _Maps:
         with _Meter(work.counted, explain, base.inputs.device) as meter:
             chunks = work.forwards.chunks(len(base.inputs))
             targets = base.target
-            found = [explain.of_samples(base.inputs[p], None if targets is None else targets[p], p) for p in chunks]
-        maps = torch.cat(found)
+            rows = ((base.inputs[p], None if targets is None else targets[p], p) for p in chunks)
+            # Copies: an explainer may return the same buffer at every call.
+            maps = torch.cat([explain.of_samples(*row).clone() for row in rows])
         facts = {**meter.facts(), "seconds": time.perf_counter() - start, "fingerprint": fingerprint([maps])}
+        facts["nan_samples"] = int(maps.flatten(1).isnan().any(1).sum())
         part = Part({ATTRIBUTIONS: maps}, facts)
         if work.folder is not None:
             work.folder.write(part, self._method, seed, ATTRIBUTIONS)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._copies import unshared
 from ..ops import _checks as check
 from ._forwards import DEFAULT_BUDGET
 from .conciseness import as_maps, result_dtype, sample_means, sample_rows
@@ -584,14 +585,15 @@ def _explained(explanation: Any, reference: Tensor, batch_size: int) -> Any:
     """The maps of the reference set: those given, or what the callable returns."""
     if not callable(explanation):
         return explanation
-    parts = [as_maps(explanation(part), "explanation") for part in reference.split(batch_size)]
+    # Copies on both ways: the callable may write to what it gets, and return the same buffer at every call.
+    parts = [as_maps(explanation(unshared(part)), "explanation").clone() for part in reference.split(batch_size)]
     return torch.cat(parts)
 
 
 def _predicted(predict: Callable[[Tensor], Tensor], x: Tensor, batch_size: int) -> Tensor:
     """Class numbers (B,)."""
     with torch.no_grad():
-        found = torch.cat([torch.as_tensor(predict(part)) for part in x.split(batch_size)])
+        found = torch.cat([torch.as_tensor(predict(unshared(part))).clone() for part in x.split(batch_size)])
     found = found.argmax(1) if found.dim() == 2 else found
     if found.shape != x.shape[:1] or found.is_floating_point():
         raise ValueError(f"predict: expected classes ({len(x)},) or scores ({len(x)}, C), got {check.shape_of(found)}")

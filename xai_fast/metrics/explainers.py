@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._copies import unshared
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
 from ._forwards import class_scores, target_classes
@@ -24,7 +25,8 @@ class Explainer:
     """A callable ``(x, target=None) -> maps`` whose maps can be differentiated by x; made by the functions of this module.
 
     If x requires grad (and grad mode is on) the maps carry a graph for second derivatives, else they are plain tensors.
-    The model's parameters keep their ``.grad``.
+    The model's parameters keep their ``.grad``, and x its values: model and rule get copies, and the model may begin with an
+    operation in place.
 
     Attributes
     ----------
@@ -63,14 +65,15 @@ class Explainer:
     def __call__(self, x: Tensor, target: Any = None) -> Tensor:
         check.check_float_tensor(x, "x")
         with torch.no_grad():
-            scores = class_scores(self.forward(x))
+            scores = class_scores(self.forward(unshared(x)))
         return self.maps(x, target_classes(self.target if target is None else target, scores))
 
     def maps(self, x: Tensor, target: Tensor) -> Tensor:
         """The maps for these classes (B,)."""
         create_graph = x.requires_grad and torch.is_grad_enabled()
         with torch.enable_grad():
-            maps = self.rule(self.forward, x if create_graph else x.detach().requires_grad_(), target, create_graph)
+            own = unshared(x) if create_graph else unshared(x.detach()).requires_grad_()
+            maps = self.rule(self.forward, own, target, create_graph)
             if self.magnitude:
                 maps = maps.abs().sum(1) if maps.ndim > 2 else maps.abs()
         return maps if create_graph else maps.detach()
@@ -186,7 +189,8 @@ def integrated_gradients(
 
 
 def _gradient(forward: Callable[..., Any], x: Tensor, target: Tensor, create_graph: bool) -> Tensor:
-    scores = class_scores(forward(x))
+    # x is what the gradient is taken by: what the model may overwrite is a copy.
+    scores = class_scores(forward(unshared(x)))
     chosen = scores if scores.ndim == 1 else scores.gather(1, target[:, None])
     return torch.autograd.grad(chosen.sum(), x, create_graph=create_graph)[0]
 

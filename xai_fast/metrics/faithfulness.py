@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._copies import unshared
 from ..ops import _checks as check
 from ._baselines import Baseline
 from ._features import Features
@@ -70,7 +71,7 @@ def faithfulness_correlation(
     -------
     Tensor, shape (B,)
         From -1 to 1; float32, or float64 for float64 inputs. NaN where one side does not vary (constant attributions, a
-        constant model).
+        constant model) or holds a NaN.
 
     Raises
     ------
@@ -216,7 +217,7 @@ def monotonicity(
     Raises
     ------
     TypeError, ValueError
-        As :func:`fidelity`.
+        As :func:`fidelity`. Attributions or outputs with a NaN, for which neither answer is right.
 
     Notes
     -----
@@ -234,6 +235,7 @@ def monotonicity(
     tolerance = check.check_at_least_zero(tolerance, "tolerance")
     run = Forwards(forward, inputs, additional_forward_args, batch_size, memory_budget)
     features = Features.of(inputs, attributions, feature_mask, patch_size)
+    _check_known(features.unknown(), "attributions", "values")
     removal = Removal(run, features, baseline, generator)
     original, read = _original(run, target, outputs)
     steps = features.count if steps is None else check.check_count(steps, "steps")
@@ -241,6 +243,7 @@ def monotonicity(
     start = features.count - absent
     values = removal.by_rank(ops.rank_features(-features.scores), start, torch.full_like(start, features.count), read)
     values = torch.cat([values, original[:, None]], 1).double()
+    _check_known(values.isnan().any(1), "forward", "outputs")
     allowed = tolerance * (values.amax(1) - values.amin(1))
     return (values.diff(dim=1) >= -allowed[:, None]).all(1)
 
@@ -294,7 +297,7 @@ def infidelity(
     Returns
     -------
     Tensor, shape (B,)
-        At least 0; float32, or float64 for float64 attributions. Sums are in float64.
+        At least 0; float32, or float64 for float64 attributions. Sums are in float64. NaN where attributions or outputs are.
 
     Raises
     ------
@@ -336,7 +339,7 @@ def infidelity(
         sums.index_add_(1, sample, torch.stack(products))
     own, cross, other, error = sums
     if normalize:  # sum (beta p - d)^2 at its smallest
-        error = (other - torch.where(own > 0, cross * cross / own, 0.0)).clamp_min(0)
+        error = (other - torch.where(own == 0, 0.0, cross * cross / own)).clamp_min(0)
     return (error / count).to(features.scores.dtype)
 
 
@@ -363,13 +366,13 @@ def _perturber(inputs: Tensor, given: Tensor, perturb_func: Any, baselines: Any,
             result = perturb_func(x)
         else:
             each = isinstance(baselines, Tensor) and baselines.dim() > 0 and baselines.shape[0] == len(inputs)
-            result = perturb_func(x, baselines[sample] if each else baselines)
+            result = perturb_func(x, baselines[sample] if each else unshared(baselines))
         if not isinstance(result, tuple) or len(result) != 2 or any(getattr(r, "shape", None) != x.shape for r in result):
             raise ValueError(
                 f"perturb_func: expected it to return two tensors of shape {tuple(x.shape)}, got another result"
             )
         change, x = result
-        return _products(change, given, sample), x
+        return _products(change, given, sample), unshared(x)
 
     return own if perturb_func is None else handed
 
@@ -398,6 +401,12 @@ def _random_subsets(features: int, count: int, size: int, seed: int, device: tor
     still = torch.zeros(1, features, device=device)
     noise = ops.perturb(still, sample=torch.zeros_like(number), draw=number, radius=1, ball="linf", seed=seed)
     return ops.rank_features(noise) < size
+
+
+def _check_known(unknown: Tensor, name: str, what: str) -> None:
+    """ValueError if there is a NaN: a boolean result has no place for it."""
+    if bool(unknown.any()):
+        raise ValueError(f"{name}: expected {what} without NaN, got NaN in {int(unknown.sum())} of {len(unknown)} samples")
 
 
 def _check_similarity(similarity: str) -> None:

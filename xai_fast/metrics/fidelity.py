@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,17 @@ from .. import ops
 from ..ops import _checks as check
 from ._baselines import Baseline
 from ._features import Features
-from ._forwards import DEFAULT_BUDGET, Forwards, Readout, check_classes, check_whole, draw_seed, target_classes
+from ._forwards import (
+    DEFAULT_BUDGET,
+    Forwards,
+    Readout,
+    agreement,
+    check_classes,
+    check_whole,
+    draw_seed,
+    predicted_classes,
+    target_classes,
+)
 from ._removal import Removal
 from .characterization import characterization_score
 
@@ -30,8 +40,9 @@ ROBUST_SHARES, ROBUST_DRAWS = (0.1, 0.9), 20
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What is kept of the outputs on examples (B, K, M), the last over random subsets: [predicted class, probability of the
-    class that is predicted on the unchanged input, probability of the label]."""
+    """What is kept of the outputs on examples (B, K, M), the last over random subsets: [predicted class (-1: none, for a
+    NaN), probability of the class that is predicted on the unchanged input, probability of the label]; all NaN for a sample
+    whose attribution holds one."""
 
     original: Tensor  # (B, 1, 1, 3)
     removed: Tensor  # (B, K, M, 3)
@@ -46,8 +57,8 @@ class _Outputs:
             return drops[0], drops[1]
         predicted = self.original[..., 0]
         truth = predicted if kind == "model" or self.labels is None else self.labels[:, None, None]
-        right = predicted == truth
-        flips = [((changed[..., 0] == truth) != right).double().mean(2) for changed in (self.removed, self.kept)]
+        right = agreement(predicted, truth)
+        flips = [(agreement(changed[..., 0], truth) - right).abs().mean(2) for changed in (self.removed, self.kept)]
         return flips[0], flips[1]
 
 
@@ -58,9 +69,11 @@ class Fidelity:
     Attributes
     ----------
     fid_plus, fid_minus : Tensor
-        0-dimensional, or (K,) for K selections: means over the batch, in float64.
+        0-dimensional, or (K,) for K selections: means over the batch, in float64. A NaN in the attributions of a sample, or
+        in what the model makes of it, makes its terms NaN and with them these means; :meth:`per_sample` has the others.
     size, sparsity : Tensor
-        Features in the explanation, mean over the batch, and 1 - size / F; of the same shape.
+        Features in the explanation, mean over the batch, and 1 - size / F; of the same shape. NaN for a threshold and
+        attributions with a NaN.
     kind, form : str
         What was asked for; :meth:`scores` gives the other three from the same forward passes.
     evaluations : int
@@ -286,7 +299,9 @@ def fidelity(
     n_samples : int
         Subsets drawn for every sample and selection (robust only).
     outputs : {"auto", "logits", "probabilities"}
-        What `forward` returns. "auto" takes rows that are at least 0 and add up to 1 for probabilities.
+        What `forward` returns. "auto" takes it for probabilities if the rows for all inputs of this call are at least 0
+        and add up to 1, else for logits. Logits that do so by chance, as those of a single sample may, are misread, and a
+        sample's result can then depend on the others of the call; it never does with "logits" or "probabilities".
     additional_forward_args : tuple
         Further arguments; tensors whose first dimension is B follow their samples.
     generator : torch.Generator, optional
@@ -347,7 +362,11 @@ def fidelity(
     else:
         pair = _robust(removal, selection.counts, shares, draws, draw_seed(generator), read)
     everything = torch.arange(len(original), device=original.device)
-    kept_outputs = _Outputs(read(original, everything)[:, None, None], *pair, truth)
+    unknown = features.unknown()
+    removed, kept = (part.masked_fill(unknown[:, None, None, None], math.nan) for part in pair)
+    kept_outputs = _Outputs(read(original, everything)[:, None, None], removed, kept, truth)
+    if threshold is not None:  # how many values are above it is unknown as well
+        selection = replace(selection, counts=selection.counts.double().masked_fill(unknown[:, None], math.nan))
     return _result(kept_outputs, selection, features.count, kind, form, run.evaluations)
 
 
@@ -403,7 +422,7 @@ def _reader(original: Tensor, labels: Tensor | None, outputs: str) -> Callable[[
     def read(values: Tensor, sample: Tensor) -> Tensor:
         probabilities = of_prediction.probabilities(values.double())
         chosen = torch.stack([first[sample], truth[sample]], 1)
-        return torch.cat([values.argmax(1, keepdim=True).double(), probabilities.gather(1, chosen)], 1)
+        return torch.cat([predicted_classes(values)[:, None].double(), probabilities.gather(1, chosen)], 1)
 
     return read
 

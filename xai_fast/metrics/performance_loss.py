@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops import _checks as check
 from ._baselines import Baseline
 from ._features import Features
-from ._forwards import DEFAULT_BUDGET, Forwards, Readout, target_classes
+from ._forwards import DEFAULT_BUDGET, Forwards, Readout, agreement, predicted_classes, target_classes
 from ._removal import Removal
 
 __all__ = ["PerformanceLoss", "relative_loss", "relative_performance_loss"]
@@ -39,7 +39,7 @@ class PerformanceLoss:
         Mean loss of the whole model over the data.
     pruned_loss : Tensor, shape (K,), float64
     accuracy : float
-        NaN where the loss is one's own.
+        NaN where the loss is one's own, or an output is NaN.
     pruned_accuracy : Tensor, shape (K,), float64
     size : Tensor, shape (K,), int64
         Features in each set.
@@ -263,7 +263,7 @@ class _Losses:
             return torch.stack([values.double(), torch.full_like(values, math.nan, dtype=torch.float64)], 1)
         wide = outputs.double()
         logs = wide.log_softmax(1) if self.softmax else wide.log()
-        return torch.stack([F.nll_loss(logs, labels, reduction="none"), (wide.argmax(1) == labels).double()], 1)
+        return torch.stack([F.nll_loss(logs, labels, reduction="none"), agreement(predicted_classes(wide), labels)], 1)
 
 
 def _batch_losses(

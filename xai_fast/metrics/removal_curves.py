@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,10 @@ class RemovalCurve:
     x : Tensor, shape (K,)
         Share of the features that is removed (deletion) or present (insertion), from 0 to 1.
     values : Tensor, shape (B, K)
-        Probability or score of the target class.
+        Probability or score of the target class. NaN for a sample whose attributions hold a NaN, or whose outputs do where
+        the predicted class is looked at: it has none.
     area : Tensor, shape (B,)
-        Area under the curve over x, by trapezoids, in float64.
+        Area under the curve over x, by trapezoids, in float64; NaN where a value is.
     evaluations : int
         Examples that went through the model.
 
@@ -52,7 +54,7 @@ class RemovalCurve:
 
     @property
     def mean(self) -> Tensor:
-        """The mean curve of the batch, (K,)."""
+        """The mean curve of the batch, (K,); NaN where that of a sample is."""
         return self.values.double().mean(0)
 
     def table(self) -> list[dict[str, float]]:
@@ -96,7 +98,8 @@ def deletion_curve(
         The area between both curves is the measure of symbolic relevance gain (Blucher et al. 2024).
     outputs : {"auto", "logits", "probabilities", "raw"}
         The curve is of probabilities: "logits" pass a softmax, and under "auto" they do so unless the rows are at least
-        0 and add up to 1. "raw" takes the scores as they are, as do models with one output.
+        0 and add up to 1: the outputs on all inputs of the call, so that a sample may be read otherwise beside others than
+        alone, see :func:`fidelity`. "raw" takes the scores as they are, as do models with one output.
     generator : torch.Generator, optional
         Randomness of the uniform baseline.
     progress : bool
@@ -203,5 +206,9 @@ def _curve(removal: Removal, target: Any, steps: int, order: str, outputs: str, 
     start, end = (changed, torch.full_like(changed, features.count)) if insert else (torch.zeros_like(changed), changed)
     values = removal.by_rank(ops.rank_features(scores), start, end, read)
     values = torch.cat([values, whole] if insert else [whole, values], 1)
+    unknown = features.unknown()
+    if target is None and original.dim() == 2:
+        unknown = unknown | whole[:, 0].isnan()  # outputs that predict no class
+    values = values.masked_fill(unknown[:, None], math.nan)
     x = count.double() / features.count
     return RemovalCurve(x, values, torch.trapezoid(values.double(), x, dim=1), run.evaluations)

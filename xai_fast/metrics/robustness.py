@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._copies import unshared
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
 from . import similarity
-from ._forwards import class_scores, target_classes
+from ._forwards import class_scores, predicted_classes, target_classes
 from ._softplus import softplus_relu
 from .explainers import Explainer
 
@@ -46,9 +47,10 @@ class AttackResult:
     confidence_before, confidence_after : Tensor, shape (B,), or None
         Softmax probability of the predicted class; None if the model returns one number a sample.
     prediction : Tensor of int64, shape (B,)
-        The class predicted before and after; for one number a sample whether it is above 0.
+        The class predicted before and after; for one number a sample whether it is above 0; -1 where the model gives NaN.
     succeeded : Tensor of bool, shape (B,)
-        Whether an input was found that keeps the prediction and whose map is more dissimilar than the original itself.
+        Whether an input was found that keeps the prediction and whose map is more dissimilar than the original itself; never
+        where the model gives NaN, which predicts nothing.
     steps : int
         Gradient steps of a run; candidates of the random attack.
     method : str
@@ -212,7 +214,8 @@ def attack_explanation(
     scores = subject.scores(start, chunks)
     if isinstance(explanation, Explainer):
         subject.target = target_classes(None if scores.ndim == 1 else explanation.target, scores)
-    attributions = torch.cat([subject.maps(start[rows], rows) for rows in chunks])
+    # Copies of maps and scores: a callable may return the same buffer at every call.
+    attributions = torch.cat([subject.maps(start[rows], rows).clone() for rows in chunks])
     count = _count_of(k, attributions, kind)
     region = _region(target_map, attributions)
 
@@ -248,7 +251,7 @@ class _Subject:
     def scores(self, x: Tensor, chunks: list[slice]) -> Tensor:
         """Class scores (B, C), or (B,)."""
         with torch.no_grad():
-            scores = torch.cat([class_scores(self.forward(x[rows])) for rows in chunks])
+            scores = torch.cat([class_scores(self.forward(unshared(x[rows]))).clone() for rows in chunks])
         if scores.ndim not in (1, 2) or len(scores) != len(x) or 0 in scores.shape:
             raise ValueError(f"forward: expected scores of shape ({len(x)}, C) or ({len(x)},), got {check.shape_of(scores)}")
         return scores[:, 0] if scores.ndim == 2 and scores.shape[1] == 1 else scores
@@ -266,15 +269,16 @@ class _Subject:
 
     def maps(self, x: Tensor, rows: slice) -> Tensor:
         """Maps of the unchanged model, without a graph."""
-        if isinstance(self.explanation, Explainer) or not self.has_graph:
+        if isinstance(self.explanation, Explainer):
             return self.explain(x, rows).detach()
-        # A callable of the user may differentiate by the tensor that it is given.
-        with torch.enable_grad():
-            return self.explain(x.detach().requires_grad_(), rows).detach()
+        # A callable of the user may write to the tensor that it is given, and differentiate by it.
+        own = unshared(x.detach()).requires_grad_(self.has_graph)
+        with torch.enable_grad() if self.has_graph else nullcontext():
+            return self.explain(own, rows).detach()
 
     def direction(self, x: Tensor, rows: slice, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
         """sign(d objective / d x), 0 where there is no derivative; and the maps at x if they are the unchanged model's."""
-        x = x.detach().requires_grad_()
+        x = unshared(x.detach()).requires_grad_()
         twin = nullcontext() if self.softplus_beta is None else softplus_relu(self.softplus_beta)
         with torch.enable_grad(), twin:
             maps = self.explain(x, rows)
@@ -319,7 +323,8 @@ class _Part:
     def offer(self, x: Tensor, maps: Tensor | None = None) -> None:
         """Keep the rows of x that have the original prediction and are better than what is kept."""
         x = x.to(self.inputs.dtype)
-        kept = _prediction(self.subject.scores(x, [slice(None)])) == self.prediction
+        found = _prediction(self.subject.scores(x, [slice(None)]))
+        kept = (found == self.prediction) & (found >= 0)
         maps = self.subject.maps(x, self.rows) if maps is None else maps
         value = self.dissimilarity.value(maps)
         better = kept & (value > self.value)
@@ -383,7 +388,8 @@ def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _prediction(scores: Tensor) -> Tensor:
-    return scores.argmax(1) if scores.ndim == 2 else (scores > 0).long()
+    """(b,) classes; -1 where the model gives NaN."""
+    return predicted_classes(scores) if scores.ndim == 2 else (scores > 0).long().masked_fill(scores.isnan(), -1)
 
 
 def _shares(maps: Tensor) -> Tensor:
@@ -430,7 +436,7 @@ def _result(
     prediction = _prediction(scores)
 
     def confidence(of: Tensor) -> Tensor | None:
-        return of.softmax(1).gather(1, prediction[:, None])[:, 0] if of.ndim == 2 else None
+        return of.softmax(1).gather(1, prediction[:, None].clamp_min(0))[:, 0] if of.ndim == 2 else None
 
     return AttackResult(
         inputs=inputs,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._copies import unshared
 from ..ops import _checks as check
-from ._forwards import DEFAULT_BUDGET, Forwards, draw_seed, target_classes
+from ._forwards import DEFAULT_BUDGET, Forwards, draw_seed, predicted_classes, target_classes
 from .explainers import given_target
 
 __all__ = ["Sensitivity", "sensitivity", "sensitivity_max"]
@@ -34,7 +35,8 @@ class Sensitivity:
     standard_error : Tensor, shape (B,)
         Of the mean: deviation of the accepted distances over the root of their number; NaN below two of them.
     accepted : Tensor, shape (B,), int64
-        Perturbations that kept the prediction, of ``n_samples``.
+        Perturbations that kept the prediction, of ``n_samples``. Outputs with a NaN predict nothing: none is accepted where
+        the model gives NaN on the sample itself.
     n_samples : int
     evaluations, explanations : int
         Examples that went through the model and through the explanation.
@@ -155,12 +157,13 @@ def sensitivity(
     original = run.on_inputs()
     if original.dim() != 2:
         raise ValueError(f"forward: expected class scores (B, C) for sensitivity, got {check.shape_of(original)}")
-    predicted = original.argmax(1)
+    predicted = predicted_classes(original)
     target = given_target(explanation, target)
     classes = None if target is None else target_classes(target, original)
     batch, device = len(inputs), inputs.device
-    pieces = [explain(run.inputs[part].clone(), None if classes is None else classes[part]) for part in run.chunks(batch)]
-    measure.centre = torch.cat(pieces)
+    of_chunk = [(run.inputs[part], None if classes is None else classes[part]) for part in run.chunks(batch)]
+    # The maps are copied as well: an explanation may return the same buffer at every call.
+    measure.centre = torch.cat([explain(*unshared(given)).clone() for given in of_chunk])
     running = _Running.of(batch, device)
     seed = draw_seed(generator)
     for part in run.chunks(batch * count):
@@ -168,7 +171,8 @@ def sensitivity(
         example = torch.arange(part.start, part.stop, device=device)
         sample, draw = example % batch, example // batch
         z = ops.perturb(run.inputs, sample=sample, draw=draw, radius=radius, ball=ball, seed=seed)
-        same = run(z, sample).argmax(1) == predicted[sample]
+        found = predicted_classes(run(unshared(z), sample))
+        same = (found == predicted[sample]) & (found >= 0)
         if not bool(same.all()):
             z, sample = z[same], sample[same]
         if len(z):
@@ -262,14 +266,14 @@ def sensitivity_max(
     def noisy(sample: Tensor, draw: Tensor) -> tuple[Tensor, ...]:
         if perturb_func is not None:
             copies = tuple(x.detach()[sample] for x in whole)
-            return _perturbed(perturb_func, copies if isinstance(inputs, tuple) else copies[0], radius)
+            return unshared(_perturbed(perturb_func, copies if isinstance(inputs, tuple) else copies[0], radius))
         return tuple(
             ops.perturb(x, sample=sample, draw=draw, radius=radius, ball="linf", seed=seed + i) for i, x in enumerate(whole)
         )
 
     everything = torch.arange(batch, device=device)
-    pieces = [explain(tuple(x.detach()[part].clone() for x in whole), everything[part]) for part in runs.chunks(batch)]
-    measure = _Distance(norm, True, None, torch.cat(pieces))
+    slices = [(tuple(x.detach()[part] for x in whole), everything[part]) for part in runs.chunks(batch)]
+    measure = _Distance(norm, True, None, torch.cat([explain(*unshared(given)).clone() for given in slices]))
     largest = torch.full((batch,), -math.inf, dtype=torch.float64, device=device)
     for part in runs.chunks(batch * count):
         example = torch.arange(part.start, part.stop, device=device)
@@ -375,14 +379,14 @@ def _joined(maps: Any, examples: int) -> Tensor:
 
 
 def _followed(value: Any, sample: Tensor, batch: int) -> Any:
-    """An argument for copies of the samples: tensors with one entry a sample are indexed, tuples searched for them."""
+    """An argument for copies of the samples, itself a copy: tensors with one entry a sample are indexed, tuples searched."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch:
         return value[sample.to(value.device)]
     if isinstance(value, (tuple, list)):
         if len(value) == batch and all(isinstance(v, (int, tuple)) for v in value):  # Captum's list of targets
             return type(value)(value[i] for i in sample.tolist())
         return type(value)(_followed(v, sample, batch) for v in value)
-    return value
+    return unshared(value)
 
 
 def _perturbed(perturb_func: Callable[..., Any], copies: Any, radius: float) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._copies import unshared
 from .._optional import optional_import
 from ..ops import _checks as check
 from ._forwards import DEFAULT_BUDGET
@@ -103,7 +104,7 @@ def seed_stability(
     seeds : iterable, optional
         For a callable, one for each run; for tensors, names of the runs that the result keeps.
     inputs : object, optional
-        Handed to the callable as it is.
+        Handed to the callable; a tensor or an array as a copy, which it may overwrite.
     top_k : int or float
         k, from 1 to the number of features n; a float is a share of n above 0 and up to 1, rounded, at least one feature.
     progress : bool
@@ -201,7 +202,8 @@ def _run(explain: Callable[..., Any], seeds: tuple[Any, ...] | None, inputs: Any
     if seeds is None:
         raise TypeError("seeds: expected the seeds to run the callable with, got None")
     bar: Any = optional_import("tqdm", "demo").tqdm(seeds, desc="seeds", leave=False) if progress else seeds
-    return [explain(seed) if inputs is None else explain(inputs, seed) for seed in bar]
+    # Copies of the maps as well: a callable may return the same buffer at every call.
+    return [unshared(explain(seed) if inputs is None else explain(unshared(inputs), seed)) for seed in bar]
 
 
 def _compare(runs: list[Tensor], k: int) -> tuple[Tensor, ...]:

@@ -113,7 +113,7 @@ def run_study(
     -----
     UserWarning
         A measure failed for a method: its values are NaN, the reason is in ``Study.notes``, and the part is tried again when
-        the study is called again.
+        the study is called again. Maps hold a NaN: the scores of these samples are NaN, a note says how many there are.
 
     Notes
     -----
