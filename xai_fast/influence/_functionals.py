@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._labels import named_rows
 from .heads import Head
 
 __all__ = ["Functional", "check_functional", "logit_gradient", "quantity", "rises_when_good"]
@@ -38,12 +39,19 @@ def logit_gradient(head: Head, logits: Tensor, y: Tensor | None, of: Functional)
         assert y is not None
         return head.residual(logits, y)
     function = {"logit": head.class_logit, "margin": head.margin}[of] if isinstance(of, str) else of
-    with torch.enable_grad():
-        inputs = logits.detach().requires_grad_(True)
-        values = function(inputs, y)  # type: ignore[arg-type]
+    # Copies: tensors made under inference_mode cannot be part of a graph.
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = logits.detach().clone().requires_grad_(True)
+        values = function(inputs, None if y is None else y.clone())  # type: ignore[arg-type]
         if not isinstance(values, Tensor) or values.shape != (len(logits),):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"of: expected one value for each of {len(logits)} test points, got {got}")
         if not values.requires_grad:
             raise ValueError("of: expected a differentiable function of the logits, got values without a graph")
-        return torch.autograd.grad(values.sum(), inputs)[0]
+        gradient = torch.autograd.grad(values.sum(), inputs, allow_unused=True)[0]
+    if gradient is None:
+        raise ValueError("of: expected a function of the logits, got values that do not depend on them")
+    bad = ~(gradient.isfinite().all(1) & values.isfinite())
+    if bad.any():
+        raise ValueError(f"of: expected finite values and gradients, got NaN or infinity in {named_rows(bad)}")
+    return gradient

@@ -15,7 +15,10 @@ def as_array(y: Any, name: str, rows: int) -> np.ndarray[Any, Any]:
     """y as a numpy array of `rows` labels; a column (rows, 1) is taken as (rows,)."""
     if y is None:
         raise TypeError(f"{name}: expected {rows} labels, got None")
-    array = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if isinstance(y, Tensor):
+        # numpy has no bfloat16.
+        y = (y.double() if y.is_floating_point() else y).detach().cpu().numpy()
+    array = np.asarray(y)
     shape = array.shape
     if array.ndim == 2 and shape[1] == 1:
         array = array[:, 0]
@@ -33,13 +36,21 @@ def named_rows(bad: np.ndarray[Any, Any] | Tensor, first_row: int = 0) -> str:
 
 def class_indices(y: np.ndarray[Any, Any], classes: list[Any], name: str) -> Tensor:
     """The position of every label among `classes`, int64; ValueError names the first row whose label is none of them."""
-    found, inverse = np.unique(y, return_inverse=True)
+    # Labels of several kinds, None among them, have no order.
+    found, inverse = (y, slice(None)) if y.dtype.hasobject else np.unique(y, return_inverse=True)
     place = {label: index for index, label in enumerate(classes)}
-    codes = np.array([place.get(label, -1) for label in found.tolist()], dtype=np.int64)[inverse]
+    codes = np.array([_place(place, label) for label in found.tolist()], dtype=np.int64)[inverse]
     if (codes < 0).any():
         row = int(np.argmax(codes < 0))
-        raise ValueError(f"{name}: expected one of {_listed(classes)}, got {y[row].item()!r} in row {row}")
+        raise ValueError(f"{name}: expected one of {_listed(classes)}, got {y.tolist()[row]!r} in row {row}")
     return torch.from_numpy(codes)
+
+
+def _place(place: dict[Any, int], label: Any) -> int:
+    try:
+        return place.get(label, -1)
+    except TypeError:  # a list, which is no label
+        return -1
 
 
 def _listed(classes: list[Any]) -> str:
@@ -49,6 +60,8 @@ def _listed(classes: list[Any]) -> str:
 
 def real_numbers(y: np.ndarray[Any, Any], name: str, least: float | None = None) -> Tensor:
     """y as finite float64 numbers, not below `least`; ValueError names the first bad row."""
+    if y.dtype.kind == "c":
+        raise TypeError(f"{name}: expected real numbers, got {y.dtype}")
     try:
         numbers = y.astype(np.float64)
     except (TypeError, ValueError):

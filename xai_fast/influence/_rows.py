@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import _checks as check
 
-__all__ = ["Rows", "as_features"]
+__all__ = ["Rows", "as_features", "native"]
 
 # What is held of a file at a time, and what PyTorch code that makes copies works on at a time.
 BLOCK_BYTES = 1 << 26
@@ -32,11 +32,17 @@ def as_features(X: Any, name: str) -> Tensor:
 def _from_numpy(X: np.ndarray[Any, Any], name: str) -> Tensor:
     if X.dtype.kind != "f" or X.dtype.itemsize > 8:
         raise TypeError(f"{name}: expected a floating-point array of 16, 32 or 64 bits, got {X.dtype}")
-    if not X.dtype.isnative or any(stride < 0 for stride in X.strides):
-        X = np.ascontiguousarray(X, dtype=X.dtype.newbyteorder("="))
+    X = native(X)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
         return torch.from_numpy(np.asarray(X))
+
+
+def native(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x as torch takes it: in the byte order of this machine, with no stride below 0."""
+    if x.dtype.isnative and all(stride >= 0 for stride in x.strides):
+        return x
+    return np.array(x, dtype=x.dtype.newbyteorder("="))
 
 
 class Rows:

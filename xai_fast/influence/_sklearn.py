@@ -75,7 +75,13 @@ def _logistic_penalty(estimator: Any, C: float) -> Penalty:
     if kind is None or math.isinf(C):
         return Penalty(0.0)
     ratio = getattr(estimator, "l1_ratio_", getattr(estimator, "l1_ratio", None))
-    share = 0.0 if ratio is None or kind == "l2" else float(np.max(ratio))
+    # LogisticRegressionCV keeps one for each class, [None] where none was asked for.
+    ratios = (
+        []
+        if kind == "l2"
+        else [float(found) for found in np.ravel(np.array(ratio, dtype=object)).tolist() if found is not None]
+    )
+    share = max(ratios, default=0.0)
     if kind not in ("l2", "deprecated") or share:
         raise _refuse(estimator, "with an l2 penalty or none", f"penalty={kind!r}, l1_ratio={share:g}")
     return Penalty(1.0 / C, "sum")

@@ -100,7 +100,30 @@ class Manifest:
                 raise ValueError(f"path: expected a manifest of format {FORMAT}, got format {found} in {str(path)!r}")
             del content["meaning"]
             manifest = Manifest(**content)
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+            manifest._check()
+        except (AttributeError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
             raise ValueError(f"path: expected a manifest of a store, got something else in {str(path)!r}") from None
-        manifest.shape, manifest.tile = (manifest.shape[0], manifest.shape[1]), (manifest.tile[0], manifest.tile[1])
         return manifest
+
+    def _check(self) -> None:
+        """TypeError where a file that was edited says what cannot be."""
+        for name in ("shape", "tile"):
+            rows, columns = (_count(number, 1) for number in _pair(getattr(self, name)))
+            setattr(self, name, (rows, columns))
+        if _count(self.tiles_done, 0) > self.tiles or len(self.solves) > -(-self.shape[0] // self.tile[0]):
+            raise TypeError
+        if type(self.complete) is not bool or not isinstance(self.identity, dict):
+            raise TypeError
+        self.meaning()
+
+
+def _pair(numbers: Any) -> tuple[Any, Any]:
+    if not isinstance(numbers, (list, tuple)) or len(numbers) != 2:
+        raise TypeError
+    return numbers[0], numbers[1]
+
+
+def _count(number: Any, least: int) -> int:
+    if type(number) is not int or number < least:
+        raise TypeError
+    return number

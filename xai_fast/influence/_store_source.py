@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import ops
-from .._fingerprint import fingerprint, function_name, pieces
+from .._fingerprint import callable_name, fingerprint, pieces
 from .._version import __version__
 from ._functionals import Functional, check_functional
 from ._torch_rows import check_batch, count_of
@@ -23,6 +23,8 @@ __all__ = ["Source", "source_of"]
 
 # Training rows that are read at once where only their bytes matter.
 ROWS_AT_ONCE = 4096
+# Training rows by whose outputs and losses a model is known.
+FIRST_ROWS = 4
 
 
 class Source(Protocol):
@@ -100,7 +102,7 @@ class _GlmSource:
             "l2": problem.l2,
             "damping": problem.damping,
             "train_gradient": self._influence.train_gradient,
-            "of": function_name(self._of),
+            "of": callable_name(self._of),
             "solver": self._influence._solver,
             **{name: options[name] for name in ("tolerance", "seed", "batch_size")},
         }
@@ -140,8 +142,9 @@ class _TorchSource:
             **_versions(),
             "train_loader": fingerprint(rows),
             "X_test, y_test": fingerprint([self._test]),
-            "model": fingerprint([(loss.state.theta, loss.state.fixed)]),
-            "loss_fn": function_name(loss._loss_fn),
+            "model": fingerprint([(loss.state.theta, loss.state.fixed, loss.description())]),
+            "loss_fn": callable_name(loss.loss_fn),
+            "forward pass": fingerprint([self._problem.first_outputs(FIRST_ROWS)]),
             "params": fingerprint([tuple(loss.names)]),
             "l2": self._problem.l2,
             "damping": self._problem.damping,

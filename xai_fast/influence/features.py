@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,10 +49,10 @@ def collect_features(
     Raises
     ------
     TypeError
-        `layer` is no nn.Linear, or batches of another kind.
+        `model` is no module, `layer` no nn.Linear, `loader` not iterable, or batches of another kind.
     ValueError
         `layer` is not part of `model`, is not called or called twice in a pass, gets inputs that are not (B, D); an empty
-        loader.
+        loader; a batch with another number of targets than rows.
 
     Examples
     --------
@@ -61,6 +62,10 @@ def collect_features(
     >>> X.shape, y.shape
     (torch.Size([5, 3]), torch.Size([5]))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader: expected an iterable of batches, got {type(loader).__name__}")
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"layer: expected an nn.Linear, got {type(layer).__name__}")
     if all(module is not layer for module in model.modules()):
@@ -86,13 +91,13 @@ def _run(
     if progress:
         loader = optional_import("tqdm", "demo").tqdm(loader, desc="features")
     features: list[Tensor] = []
-    targets: list[Any] = []
+    targets: list[Tensor | None] = []
     for batch in loader:
         inputs, labels = _split(batch)
         seen.clear()
         model(*[_moved(x, device) for x in inputs[0]], **{key: _moved(x, device) for key, x in inputs[1].items()})
         features.append(_only(seen).cpu())
-        targets.append(labels)
+        targets.append(_labels(labels, len(features[-1])))
     if not features:
         raise ValueError("loader: expected at least one batch, got none")
     return torch.cat(features), _joined(targets)
@@ -111,6 +116,8 @@ def _split(batch: Any) -> tuple[tuple[list[Any], dict[str, Any]], Any]:
 
 
 def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, np.ndarray):
+        raise TypeError("loader: expected tensors as inputs, got ndarray")
     return x.to(device) if isinstance(x, Tensor) else x
 
 
@@ -122,7 +129,17 @@ def _only(seen: list[Tensor]) -> Tensor:
     return seen[0]
 
 
-def _joined(targets: list[Any]) -> Tensor | None:
-    if any(labels is None for labels in targets):
+def _labels(labels: Any, rows: int) -> Tensor | None:
+    if labels is None:
         return None
-    return torch.cat([torch.as_tensor(labels).detach().cpu() for labels in targets])
+    found = torch.as_tensor(labels).detach().cpu()
+    if not found.dim() or len(found) != rows:
+        raise ValueError(
+            f"loader: expected one target for each of the {rows} rows of a batch, got shape {tuple(found.shape)}"
+        )
+    return found
+
+
+def _joined(targets: list[Tensor | None]) -> Tensor | None:
+    found = [labels for labels in targets if labels is not None]
+    return torch.cat(found) if len(found) == len(targets) else None

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
-from ..ops._checks import check_positive
+from ..ops._checks import check_count, check_positive
 from ._labels import as_array, class_indices, real_numbers
 from ._penalty import Penalty
+from ._rows import native
 from ._sklearn import read_estimator
 
 __all__ = ["Head", "LinearHead", "LogisticHead", "PoissonHead", "SmoothHingeHead", "SoftmaxHead"]
@@ -147,10 +148,10 @@ class Head(ABC):
         Raises
         ------
         TypeError
-            An estimator of another kind.
+            An estimator of another kind; `n` no whole number.
         ValueError
-            Not fitted; another penalty than l2; something that changes the objective: class_weight, a penalised intercept
-            (solver="liblinear"), positive=True, several targets.
+            Not fitted; `n` below 1; another penalty than l2; something that changes the objective: class_weight, a
+            penalised intercept (solver="liblinear"), positive=True, several targets.
 
         Notes
         -----
@@ -163,6 +164,8 @@ class Head(ABC):
         >>> xf.influence.Head.from_sklearn(Ridge(alpha=2.0).fit(np.eye(4), np.arange(4.0)), n=4).l2
         0.5
         """
+        if n is not None:
+            check_count(n, "n")
         found = read_estimator(estimator)
         kind: Any = {
             "linear": LinearHead, "logistic": LogisticHead, "softmax": SoftmaxHead, "poisson": PoissonHead,
@@ -424,9 +427,8 @@ def _numbers(x: Any, name: str) -> Tensor:
         tensor = x.detach().clone()
     else:
         try:
-            tensor = (
-                torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else torch.tensor(x, dtype=torch.get_default_dtype())
-            )
+            is_array = isinstance(x, np.ndarray)
+            tensor = torch.from_numpy(native(x).copy()) if is_array else torch.tensor(x, dtype=torch.get_default_dtype())
         except (TypeError, ValueError):
             raise TypeError(f"{name}: expected numbers, got {type(x).__name__}") from None
     check.check_float_tensor(tensor, name)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._checks import check_count, check_positive, check_seed
+from ..ops._checks import check_count, check_seed
 from ._functionals import Functional, check_functional, logit_gradient, quantity, rises_when_good
 from ._labels import named_rows
 from ._leverage import leverage_corrected
-from ._rows import as_features
+from ._rows import as_features, native
 from ._self_influence import exact_diagonal, low_rank_diagonal
 from ._torch_rows import collect
 from .glm import GlmProblem
 from .heads import Head
 from .results import Convention, Scores, Solution, TopK
-from .solvers import SOLVERS, ExactFactor, LowRank, choose, solve
+from .solvers import SOLVERS, ExactFactor, LowRank, check_tolerance, choose, solve
 
 if TYPE_CHECKING:
     from .store import ScoreStore
@@ -60,7 +60,9 @@ class Influence:
     train_gradient : {"loss", "objective"}
         g_i: the gradient of the row's term s_i loss_i in the objective, alone ("loss") or with that of the regulariser, l2
         theta ("objective"). Both predict a retraining without the row: with the sum of the losses weighed against the same
-        regulariser (scikit-learn's C), or with their mean over one row less (the same l2).
+        regulariser (scikit-learn's C), or with their mean over one row less (the same l2). That mean counts rows, whatever
+        their weights: where it divides by the sum of the weights, as PoissonRegressor's, the regulariser's part of a row
+        would be s_i / mean(s) times as large, and "objective" predicts the retraining for equal weights alone.
     seed : int
         Of stochastic solvers.
     tolerance : float
@@ -70,7 +72,8 @@ class Influence:
     progress : bool
         Progress bars of the solves (needs tqdm).
     memory_budget : int
-        Bytes that intermediate results may take, about; it has no influence on results.
+        Bytes that intermediate results may take, about. It decides how many right-hand sides are solved together: with cg
+        results change within the tolerance, with the others by rounding.
 
     Attributes
     ----------
@@ -89,7 +92,8 @@ class Influence:
     Notes
     -----
     Source: Koh & Liang (2017), "Understanding black-box predictions via influence functions", eq. 2. Test gradients never
-    contain the regulariser.
+    contain the regulariser. The same call gives the same bits; with another number of threads the matrix products of torch
+    round differently, in float64 by some 1e-16 of a score.
 
     Examples
     --------
@@ -121,6 +125,9 @@ class Influence:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
         if train_gradient not in ("loss", "objective"):
             raise ValueError(f"train_gradient: expected 'loss' or 'objective', got {train_gradient!r}")
+        if y_train is None and isinstance(X_train, (Tensor, np.ndarray)):
+            got = f"{type(X_train).__name__} {tuple(X_train.shape)} without y_train"
+            raise TypeError(f"X_train: expected a DataLoader or Dataset, or y_train (the labels) beside it, got {got}")
         if y_train is None:
             X_train, y_train = collect(X_train, "X_train")
         self.problem = self._problem(X_train, y_train, head, sample_weight, damping)
@@ -131,7 +138,7 @@ class Influence:
                 raise ValueError(f"batch_size: expected only with the solver lissa, got it with {solver}")
         self._solver, self._why = solver, ""
         self._options: dict[str, Any] = {
-            "tolerance": check_positive(tolerance, "tolerance"),
+            "tolerance": check_tolerance(tolerance),
             "seed": check_seed(seed),
             "batch_size": batch_size,
             "progress": bool(progress),
@@ -186,7 +193,8 @@ class Influence:
 
     def _parameters(self, v: Any, name: str) -> Tensor:
         """v as (M, P, C) on the device of the problem."""
-        tensor = torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v
+        is_array = isinstance(v, np.ndarray) and v.dtype.kind == "f" and v.dtype.itemsize <= 8
+        tensor = torch.from_numpy(np.ascontiguousarray(native(v))) if is_array else v
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(
                 f"{name}: expected a floating-point tensor or array, got {getattr(v, 'dtype', type(v).__name__)}"
@@ -197,6 +205,8 @@ class Influence:
         ):
             wanted = f"({P},), ({P}, 1) or (M, {P}, 1)" if C == 1 else f"({P}, {C}) or (M, {P}, {C})"
             raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
         if isinstance(v, np.ndarray):
             tensor = tensor.to(self.problem.device)
         return tensor.detach().reshape(-1, P, C)
@@ -492,7 +502,11 @@ train gradient of the loss
         outer = logit_gradient(self.head, self.head.logits(X), y, of)
         if self.head.intercept:
             X = torch.cat([X, X.new_ones(len(X), 1)], 1)
-        return X[:, :, None] * outer[:, None, :]
+        gradients = X[:, :, None] * outer[:, None, :]
+        if self.head.intercept and self.head.outputs > 1 and self.problem.damping == 0 and of != "loss":
+            # The same added to all biases: H is singular along it, but for rounding, and the gradients of rows have no part.
+            gradients[:, -1] -= gradients[:, -1].mean(1, keepdim=True)
+        return gradients
 
     def _solutions(self, solution: Solution) -> Tensor:
         return solution.x.reshape(-1, *self.head.parameters.shape).to(self.problem.dtype)

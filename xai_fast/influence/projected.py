@@ -82,7 +82,9 @@ def projected_scores(
     states = states_of(loss, checkpoints)
     out = torch.zeros(len(tests), len(rows), dtype=torch.float64, device=loss.device)
     for number, state in enumerate(states):
-        features, of_tests = (_features(loss, data, state, dim, seed + number) for data in (rows, tests))
+        features, of_tests = (
+            _features(loss, data, state, dim, seed + number, name) for data, name in ((rows, "train"), (tests, "test"))
+        )
         kernel = features.T @ features
         kernel.diagonal().add_(damping * len(rows))
         factor, info = torch.linalg.cholesky_ex(kernel)
@@ -103,7 +105,7 @@ def projected_scores(
     return Scores.wrap((out / len(states)).to(loss.dtype), convention, None)
 
 
-def _features(loss: ModelLoss, rows: TorchRows, state: State, dim: int, seed: int) -> Tensor:
+def _features(loss: ModelLoss, rows: TorchRows, state: State, dim: int, seed: int, name: str) -> Tensor:
     """Projected gradients of all rows (n, dim), in float64."""
-    parts = [random_projection(gradients, dim, seed=seed).double() for _, gradients in loss.train_gradients(rows, state)]
-    return torch.cat(parts)
+    found = loss.train_gradients(rows, state, name=name)
+    return torch.cat([random_projection(gradients, dim, seed=seed).double() for _, gradients in found])

@@ -77,7 +77,8 @@ def solve(
 
     Every solver runs inside iterative refinement: what it finds is measured as ||v - H x|| / ||v|| over all rows of the data
     in the wide dtype (float64), kept only where that falls, and improved by solving for the residual until all right-hand
-    sides are at the tolerance. The residual in the result is that measurement, for the x in the result.
+    sides are at the tolerance. x is the best that was measured, at worst 0 with the residual 1; the residual in the result
+    is that measurement, for the x in the result.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def solve(
     solver = "lanczos" if solver == "arnoldi" else solver
     g = _check(problem, gradient, solver, factor).to(problem.wide)
     tolerance = check_tolerance(tolerance)
-    _check_options(problem, solver, max_steps, batch_size, repeats, rank)
+    check_options(problem, solver, max_steps=max_steps, batch_size=batch_size, repeats=repeats, rank=rank)
     seed = check_seed(seed)
     start = problem.passes
     prepared = _given(factor) if factor else prepare(problem, solver, len(g), rank=rank, seed=seed)
@@ -318,9 +319,16 @@ def _check(problem: Any, gradient: Any, solver: Any, factor: Any) -> Tensor:
     return gradient.detach()
 
 
-def _check_options(
-    problem: Problem, solver: str, max_steps: int | None, batch_size: int | None, repeats: int, rank: int | None
+def check_options(
+    problem: Problem,
+    solver: str,
+    *,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    repeats: int = 1,
+    rank: int | None = None,
 ) -> None:
+    """ValueError for options that the solver does not have, or out of range."""
     check_count(repeats, "repeats")
     given = {"batch_size": batch_size is not None, "repeats": repeats > 1}
     for name in (name for name, is_given in given.items() if is_given and solver != "lissa"):

@@ -42,6 +42,7 @@ HASHED = (
     "train_loader",
     "X_test, y_test",
     "model",
+    "forward pass",
     "params",
 )
 
@@ -64,6 +65,10 @@ def write_scores(
     goes on after the last finished tile, and the result is the same to the last bit (on the same machine, with the same
     number of threads). Until it is complete the data are in ``<path>.part``, the solutions H^-1 g in
     ``<path>.solutions.npy``; ``<path>.manifest.json`` says what they are and how far they are, and stays.
+
+    Called with other data, options, functions or another model it refuses, also once the store is complete. A function is
+    known by its code and by the values that it holds and reads. What has no content (open files, generators, locks) counts
+    by its type alone; a function that changes what it holds, as one that counts its calls does, is another one each time.
 
     Parameters
     ----------
@@ -336,7 +341,7 @@ def _check_same(files: _Files, found: Manifest, source: Source, tile: tuple[int,
     identity = source.identity()
     if found.complete:
         # Finished numbers are what they are, whichever version is asked now.
-        identity |= {name: found.identity[name] for name in ("xai_fast", "torch")}
+        identity |= {name: found.identity.get(name) for name in ("xai_fast", "torch")}
     differs = [name for name in {**found.identity, **identity} if found.identity.get(name) != identity.get(name)]
     if tile is not None and tuple(found.tile) != (min(tile[0], found.shape[0]), min(tile[1], found.shape[1])):
         differs.append("tile")

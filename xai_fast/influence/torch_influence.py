@@ -14,7 +14,7 @@ from ..ops._checks import check_count, check_seed
 from ._torch_model import ModelLoss, Params
 from ._torch_rows import as_rows, check_batch, count_of
 from .results import Convention, Scores, Solution, TopK
-from .solvers import SOLVERS, Prepared, check_tolerance, prepare, solve_quietly, warn_if_not_converged
+from .solvers import SOLVERS, Prepared, check_options, check_tolerance, prepare, solve_quietly, warn_if_not_converged
 from .torch_problem import TorchProblem
 
 __all__ = ["TorchInfluence"]
@@ -78,7 +78,9 @@ class TorchInfluence:
     ------
     TypeError, ValueError
         No parameters chosen, unknown names; data in another form; an iterable that gives its rows in another order each
-        time; losses of rows that depend on other rows; unknown options, negative l2 or damping.
+        time; losses that are not finite (the first rows are named), depend on other rows, or not on the parameters;
+        operations that torch does not differentiate twice; unknown options, or such that the solver does not have, negative
+        l2 or damping.
 
     Notes
     -----
@@ -117,7 +119,7 @@ class TorchInfluence:
         rank: int | None = None,
         progress: bool = False,
     ) -> None:
-        if solver not in SOLVERS:
+        if solver not in (*SOLVERS, "arnoldi"):
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
         if train_gradient not in ("loss", "objective"):
             raise ValueError(f"train_gradient: expected 'loss' or 'objective', got {train_gradient!r}")
@@ -125,8 +127,11 @@ class TorchInfluence:
             microbatch = check_count(microbatch, "microbatch")
         self._loss = ModelLoss(model, loss_fn, params, microbatch)
         self._rows = as_rows(train_loader, "train_loader")
-        self._loss.check(self._rows)
+        self._loss.check(self._rows, "train_loader")
+        self._loss.check_losses(self._rows, "train_loader")
         self.problem = TorchProblem(self._loss, self._rows, curvature=curvature, l2=l2, damping=damping)
+        solver = "lanczos" if solver == "arnoldi" else solver
+        check_options(self.problem, solver, max_steps=max_steps, batch_size=batch_size, rank=rank)
         self.n, self.names = self.problem.rows, self._loss.names
         self._solver, self._curvature, self._train_gradient = solver, curvature, train_gradient
         self._rank = rank
@@ -220,6 +225,8 @@ class TorchInfluence:
         if v.dim() not in (1, 2) or v.shape[-1] != self.problem.size:
             size = self.problem.size
             raise ValueError(f"v: expected shape ({size},) or (M, {size}), got {check.shape_of(v)}")
+        if not bool(v.isfinite().all()):
+            raise ValueError("v: expected finite numbers, got NaN or infinity")
         solution = self._solve(v.reshape(-1, self.problem.size))
         solution = replace(solution, x=solution.x.to(v.dtype))
         return solution.with_shape(tuple(v.shape)) if v.dim() == 1 else solution
@@ -264,7 +271,7 @@ class TorchInfluence:
         Raises
         ------
         TypeError, ValueError
-            Not tensors, an empty test set, another number of targets than rows.
+            Not tensors, an empty test set, another number of targets than rows, gradients that are not finite.
 
         Examples
         --------
@@ -367,7 +374,7 @@ train gradient of the loss
         out = self._loss.state.theta.new_empty(self.n)
         solutions = []
         for at, (inputs, targets) in self._rows.batches(min(ROWS_AT_ONCE, self._loss.gradient_rows)):
-            gradients = self._loss.gradients(inputs, targets)
+            gradients = self._loss.gradients(inputs, targets, name="train_loader", first_row=at.start)
             solution = self._solve_quietly(gradients, self.n)
             out[at] = -(self._in_model_dtype(solution) * self._of_objective(gradients)).sum(1)
             solutions.append(replace(solution, x=solution.x.new_empty(0)))
@@ -417,7 +424,7 @@ train gradient of the loss
         batch = check_batch((X_test, y_test), "X_test, y_test")
         if not count_of(batch):
             raise ValueError("X_test: expected at least one row, got none")
-        return self._loss.gradients(*batch)
+        return self._loss.gradients(*batch, name="X_test")
 
     def _train_gradients(self) -> Any:
         for at, gradients in self._loss.train_gradients(self._rows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ CURVATURES = ("hessian", "gauss-newton")
 
 # Rows whose largest curvature is found by power iteration, its steps, and how much larger that of other rows is taken to be.
 SAMPLE, ITERATIONS, MARGIN = 32, 10, 2.0
+# What outputs that are all zero are divided by.
+TINY = 1e-300
 
 
 class TorchProblem(Problem):
@@ -52,7 +56,18 @@ class TorchProblem(Problem):
         self.ridge = self.l2 + self.damping
         self.size, self.rows, self.dtype, self.device = loss.size, len(data), loss.dtype, loss.device
         self._states = {loss.dtype: loss.state}
+        self._probe(loss.dtype)
         self.wide = self._widest()
+
+    def _probe(self, dtype: torch.dtype) -> None:
+        """ValueError where an operation of the model has no second derivative in forward mode."""
+        try:
+            self._multiply(self.data.read(torch.arange(1)), torch.zeros(1, self.size, dtype=dtype, device=self.device))
+        except NotImplementedError as error:
+            found = re.search(r"forward AD with (\S+)|derivative for '(\S+)'", str(error))
+            operation = (found[1] or found[2]) if found else str(error).splitlines()[0]
+            wanted = "operations that torch differentiates twice, forward over reverse"
+            raise ValueError(f"model: expected {wanted}, got {operation}") from error
 
     def _widest(self) -> torch.dtype:
         """float64, if device, model and loss run in it: some models cast to float32 on the way."""
@@ -60,12 +75,19 @@ class TorchProblem(Problem):
             return self.dtype
         try:
             self._states[torch.float64] = self.loss.state.to(torch.float64)
-            probe = torch.zeros(1, self.size, dtype=torch.float64, device=self.device)
-            self._multiply(self.data.read(torch.arange(1)), probe)
-        except (RuntimeError, TypeError):
+            self._probe(torch.float64)
+        except (RuntimeError, TypeError, ValueError):
             self._states.pop(torch.float64, None)
             return self.dtype
         return torch.float64
+
+    def first_outputs(self, rows: int) -> tuple[Tensor, ...]:
+        """Outputs and losses of the first training rows, rounded far above what other machines make of them."""
+        batch = self.data.read(torch.arange(min(rows, self.rows)))
+        outputs, losses = self.loss.outputs_and_losses(self._states[self.wide], batch)
+        digits = 1e6 if self.wide == torch.float64 else 1e2
+        wide = (x.double() for x in (*outputs, losses) if x.numel())
+        return tuple((digits * x / x.abs().max().clamp_min(TINY)).round() for x in wide)
 
     def _multiply(self, batch: object, vectors: Tensor) -> Tensor:
         return self.loss.product(self._states[vectors.dtype], batch, vectors, self._is_gauss_newton)

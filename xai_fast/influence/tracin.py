@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,13 +75,15 @@ def tracin(
     loss, rows, tests = prepare_companion(model, loss_fn, train, test, params, microbatch)
     states = states_of(loss, checkpoints)
     given = [1.0] * len(states) if learning_rates is None else learning_rates
+    if not isinstance(given, Iterable):
+        raise TypeError(f"learning_rates: expected a list, one for each checkpoint, got {type(given).__name__}")
     rates = [check.check_number(rate, "learning_rates") for rate in given]
     if len(rates) != len(states):
         raise ValueError(f"learning_rates: expected {len(states)}, one for each checkpoint, got {len(rates)}")
     out = torch.zeros(len(tests), len(rows), dtype=loss.dtype, device=loss.device)
     for state, rate in zip(states, rates, strict=True):
-        of_tests = torch.cat([gradients for _, gradients in loss.train_gradients(tests, state)])
-        for at, gradients in loss.train_gradients(rows, state):
+        of_tests = torch.cat([gradients for _, gradients in loss.train_gradients(tests, state, name="test")])
+        for at, gradients in loss.train_gradients(rows, state, name="train"):
             out[:, at] += rate * (of_tests @ gradients.T)
     convention = Convention(
         "TracIn", "positive = helpful", False, f"identity, {len(states)} checkpoints", 0.0, 0.0, "loss", len(rows)
@@ -97,7 +99,7 @@ def prepare_companion(
         microbatch = check_count(microbatch, "microbatch")
     loss = ModelLoss(model, loss_fn, params, microbatch)
     rows, tests = as_rows(train, "train"), as_rows(test, "test")
-    loss.check(rows)
+    loss.check(rows, "train")
     return loss, rows, tests
 
 

@@ -26,7 +26,7 @@ class ExactFactor:
     Raises
     ------
     ValueError
-        If H is singular to working precision, or indefinite.
+        If H is singular to working precision, or indefinite; not finite.
 
     Examples
     --------
@@ -36,6 +36,8 @@ class ExactFactor:
     """
 
     def __init__(self, H: Tensor) -> None:
+        if not bool(H.isfinite().all()):
+            raise ValueError("H: expected finite numbers, got NaN or infinity")
         dtype = torch.float32 if len(H) > LARGE else H.dtype
         factor = _factor(H, dtype)
         if factor is None and dtype != H.dtype:

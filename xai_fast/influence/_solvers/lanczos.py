@@ -85,6 +85,7 @@ def lanczos(
 
     Every vector is orthogonalised against all before it, twice. Where the Krylov space is exhausted a new random vector goes
     on, so that repeated eigenvalues are found. Ritz values at rounding level are left out: they have no inverse.
+    ValueError for products that are not finite.
     """
     steps = min(steps, size)
     Q = torch.zeros(size, steps, dtype=dtype, device=device)
@@ -104,6 +105,8 @@ def lanczos(
             T[k, k + 1] = T[k + 1, k] = beta
         else:
             Q[:, k + 1] = _random_unit(Q[:, : k + 1], generator)
+    if not bool(T.isfinite().all()):
+        raise ValueError("H: expected finite products with vectors, got NaN or infinity")
     values, vectors = torch.linalg.eigh(T)
     kept = values.abs() > steps * eps * values.abs().max()
     return Q @ vectors[:, kept].to(Q), values[kept].to(Q)

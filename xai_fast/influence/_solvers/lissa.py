@@ -47,12 +47,15 @@ class Lissa:
         self._batch = min(BATCH, problem.rows) if batch_size is None else batch_size
         self._max_steps = default_steps(problem.rows, self._batch) if max_steps is None else max_steps
         self.sigma = largest_eigenvalue(problem, seed) + problem.row_curvature() / self._batch
+        self._is_zero = self.sigma == 0
+        if self._is_zero:
+            self.sigma = 1.0
         reads = math.ceil(READS * problem.rows / self._batch)
         depth = math.ceil(-math.log(AIM) * self.sigma / problem.ridge) if problem.ridge > 0 else reads
         self._length = max(20, min(depth, reads))
         self._restarts = 0
         self.steps = 0
-        self.note = ""
+        self.note = "H is zero" if self._is_zero else ""
 
     def correct(self, residual: Tensor, target: Tensor) -> Tensor:
         steps = min(self._length, self._max_steps - self.steps)
@@ -63,6 +66,8 @@ class Lissa:
         return torch.stack(found)
 
     def review(self, alone: Tensor, together: Tensor) -> bool:
+        if self._is_zero:
+            return False
         if alone.max().item() > GROWTH:
             self._restarts += 1
             self.sigma *= 2
