@@ -207,3 +207,18 @@ def test_bad_checkpoints_and_rates(tmp_path: Path) -> None:
     ):
         with pytest.raises(kind, match=message):
             tracin(model, F.cross_entropy, rows, rows, **options)
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa"])
+def test_a_model_that_begins_in_place(solver: str) -> None:
+    """It gives what the same model out of place gives, and rows and test points stay as they were."""
+    rows, tests = classification(), queries()
+    before = [x.clone() for x in (*rows, *tests)]
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.ReLU(inplace), mlp())
+        explained = TorchInfluence(model, F.cross_entropy, rows, damping=0.1, solver=solver, curvature="gauss-newton")
+        found.append(explained.scores(*tests))
+    assert torch.equal(*found)
+    assert all(map(torch.equal, (*rows, *tests), before))

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .._copies import unshared
 from .._dtypes import accumulate_dtype
 from ._labels import named_rows
 from ._torch_rows import TorchRows
@@ -117,6 +118,7 @@ class ModelLoss:
     def _outputs(self, state: State, theta: Tensor, inputs: Any) -> Any:
         parts = theta.split([shape.numel() for shape in self._shapes])
         chosen = {n: part.view(shape) for n, part, shape in zip(self.names, parts, self._shapes, strict=True)}
+        inputs = unshared(inputs)  # rows are read again, and belong to the caller
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
         return functional_call(self._model, {**state.fixed, **chosen}, args, kwargs)
 

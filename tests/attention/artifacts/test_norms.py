@@ -143,6 +143,15 @@ def test_choice_of_layers() -> None:
     assert inside.norms.shape == (1, 2, 17)
 
 
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
+def test_a_model_that_begins_in_place_leaves_the_inputs(form: Callable[[torch.Tensor], Any]) -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    before = x.clone()
+    token_norms(nn.Sequential(nn.ReLU(inplace=True), block).eval(), form(x), layers=["1"])
+    assert torch.equal(x, before)
+
+
 def test_hooks_are_removed_after_an_exception() -> None:
     model = models.encoder()
     was = torch.backends.mha.get_fastpath_enabled()

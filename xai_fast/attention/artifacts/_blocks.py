@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..._copies import unshared
 from ..._interception import uncompiled
 
 __all__ = ["Block", "Layers", "call", "find_blocks", "hidden_of", "outer_blocks", "plainly", "token_dim"]
@@ -119,12 +120,12 @@ def token_dim(block: nn.Module) -> int:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """model(inputs), with a mapping as keywords and a tuple or list as positional arguments."""
+    """model(inputs), with a mapping as keywords and a tuple or list as positional arguments; it gets copies."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return model(**unshared(dict(inputs)))
     if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        return model(*unshared(tuple(inputs)))
+    return model(unshared(inputs))
 
 
 @contextmanager
