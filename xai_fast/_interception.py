@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,10 +29,33 @@ def opened(func: Any) -> Callable[..., Any]:
     return copy
 
 
+class _Uncompiled:
+    """Shared by all that are inside, in whatever order and threads they leave: the stance is one for the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            # Nothing can be compiled where the compiler was never imported, which takes a second.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """Have compiled modules run as they were written: a compiler cannot trace through a function mode of ours."""
-    # Nothing can be compiled where the compiler was never imported, which takes a second.
-    stance: AbstractContextManager[Any] = nullcontext()
-    if "torch._dynamo" in sys.modules:
-        stance = torch.compiler.set_stance("force_eager")
-    return stance
+    return _UNCOMPILED

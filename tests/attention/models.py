@@ -272,7 +272,8 @@ def overwritten_probabilities(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> 
     weights = (scores + _bias(keep)).softmax(-1)
     weights *= 2.0
     weights[..., 0] += 0.0
-    return weights @ v / 2
+    weights /= 2.0
+    return weights @ v
 
 
 @_written

@@ -320,3 +320,16 @@ def test_one_line_says_what_is_wrong(name: str) -> None:
         call()
     assert str(caught.value).startswith(start)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error", "message"),
+    [
+        ([], ValueError, "alpha: expected at least one tensor, got an empty sequence"),
+        (None, TypeError, "alpha: expected a tensor or a sequence of tensors, got NoneType"),
+        (5, TypeError, "alpha: expected a tensor or a sequence of tensors, got int"),
+    ],
+)
+def test_signed_attention_names_weights_that_are_none(alpha: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        signed_attention(alpha, torch.ones((), requires_grad=True) * 2)

@@ -27,7 +27,7 @@ from tests.attention.capture_checks import (
 )
 from tests.attention.models import HUGGING_FACE, Written, lengths_mask
 from xai_fast.attention._layers import Kept
-from xai_fast.attention._scores import Scores, ScoreTracker
+from xai_fast.attention._notes import Derived, Scores, ScoreTracker
 
 # Memory
 
@@ -98,7 +98,7 @@ def test_notes_go_with_their_tensors() -> None:
     del scores
     assert number not in tracker.notes
     other.exp_()
-    assert tracker.find(other) is None
+    assert tracker.find(other) == Derived()
 
 
 def test_a_loop_does_not_grow() -> None:

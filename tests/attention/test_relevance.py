@@ -289,6 +289,22 @@ def test_encoder_decoder_model_of_torch() -> None:
     assert bool((found.cross[:, -1] > 0).any())
 
 
+@pytest.mark.parametrize("build", [models.vit, models.llama], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("token", [0, None])
+def test_softmax_in_single_precision_in_a_model_in_double_precision(build: Callable[..., Any], token: Any) -> None:
+    """As Hugging Face's eager attention does it; to its precision the result is that of fused attention."""
+    model, inputs = build_model(build, "eager")
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    record, out = captured(model.double(), inputs)
+    other, _ = build_model(build)
+    other.load_state_dict(model.state_dict())
+    fused, fused_out = captured(other.double(), inputs)
+    for method in ("gradient", "lrp"):
+        found = record.relevance(score_of(out), token, method=method)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, fused.relevance(score_of(fused_out), token, method=method), rtol=1e-5, atol=1e-6)
+
+
 def test_bad_input() -> None:
     model, inputs = build_model(models.vit)
     record, out = captured(model, inputs)
@@ -299,6 +315,8 @@ def test_bad_input() -> None:
         record.relevance(score.detach())
     with pytest.raises(ValueError, match=r"score: expected a scalar, \(2,\) or \(2, K\), got shape \(2, 3, 4\)"):
         record.relevance(torch.randn(2, 3, 4, requires_grad=True))
+    with pytest.raises(ValueError, match=r"score: expected at least one score, got shape \(2, 0\)"):
+        record.relevance(score[:, None][:, :0])
     with pytest.raises(ValueError, match=r"score: expected a score that depends on layer 0"):
         record.relevance(torch.randn(2, requires_grad=True))
     with pytest.raises(ValueError, match=r"method: expected 'gradient' or 'lrp', got 'rollout'"):
@@ -328,3 +346,15 @@ def test_signed_attention_of_a_loss_for_each_sample_works_without_grad_mode() ->
     with torch.no_grad():
         found = xf.attention.signed_attention(alpha, loss)
     torch.testing.assert_close(found, -2 * alpha.detach() ** 2)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e-7, 1e-8, 1e-30])
+def test_small_weights_of_an_encoder_decoder_are_not_lost(weight: float) -> None:
+    """R - I, of the size of the weights, is what gets normalised: next to the ones of R it would vanish in float32."""
+    draw = [torch.rand(1, 3, 3, dtype=torch.float64) for _ in range(6)]
+    encoder, decoder, cross = [m * weight for m in draw[:2]], [m * weight for m in draw[2:4]], draw[4:]
+    wanted = xf.attention.encoder_decoder_relevance(encoder, decoder, cross).cross
+    single = [[m.float() for m in layers] for layers in (encoder, decoder, cross)]
+    found = xf.attention.encoder_decoder_relevance(*single).cross
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=0.0)
+    assert not torch.allclose(found, sum(m.float() for m in cross), rtol=1e-3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,4 +191,74 @@ def test_bad_input(case: int) -> None:
     attentions, options, error, message = BAD[case]
     with pytest.raises(error, match=message) as caught:
         xf.attention_rollout(attentions, **options)
+    assert "\n" not in str(caught.value)
+
+
+# What comes from NumPy, and what cannot be used
+
+
+def numbered() -> torch.Tensor:
+    return torch.rand(3, 2, 2, 5, 5).softmax(-1)
+
+
+@pytest.mark.parametrize("token", [np.int64(2), np.int32(-3), np.array(2), np.argmax([0, 0, 1])])
+def test_tokens_from_numpy(token: Any) -> None:
+    attentions = numbered()
+    assert torch.equal(xf.attention_rollout(attentions, token=token), xf.attention_rollout(attentions, token=2))
+
+
+def test_numbers_from_numpy() -> None:
+    attentions = numbered()
+    wanted = xf.attention_rollout(attentions, token=[0, 3], residual=2.0, start_layer=1)
+    for residual, start in ((np.float32(2), np.int64(1)), (np.int64(2), np.array(1)), (np.array(2.0), 1)):
+        found = xf.attention_rollout(attentions, token=np.array([0, 3]), residual=residual, start_layer=start)
+        assert torch.equal(found, wanted)
+
+
+def test_arrays_in_any_memory(recwarn: pytest.WarningsRecorder) -> None:
+    attentions = numbered()
+    array, wanted = attentions.numpy(), xf.attention_rollout(attentions)
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    for same in (array[..., ::-1].copy()[..., ::-1], array.astype(">f4"), fixed, list(fixed)):
+        assert torch.equal(xf.attention_rollout(same), wanted)
+    packed = np.zeros(array.shape, dtype=[("weight", "f4"), ("flag", "i1")])
+    packed["weight"] = array
+    assert torch.equal(xf.attention_rollout(packed["weight"]), wanted)
+    assert not recwarn.list
+
+
+def test_meta_tensors_give_the_shape() -> None:
+    assert xf.attention_rollout(numbered().to("meta")).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (lambda a: a.numpy().astype(object), {}, TypeError, "attentions: expected an array of numbers, got dtype object"),
+        (lambda a: [x.numpy().astype(str) for x in a], {}, TypeError, r"attentions\[0\]: expected an array of numbers"),
+        (lambda a: a.to_sparse(), {}, TypeError, "attentions: expected a dense tensor, got torch.sparse_coo"),
+        (lambda a: [x.to_sparse() for x in a], {}, TypeError, r"attentions\[0\]: expected a dense tensor"),
+        (lambda a: [x.to_mkldnn() for x in a], {}, TypeError, r"attentions\[0\]: expected a dense tensor"),
+        (lambda a: torch.nested.nested_tensor(list(a)), {}, TypeError, "attentions: expected a dense tensor, got a nested"),
+        (lambda a: a, {"residual": 10**400}, ValueError, "residual: expected a finite number, got one beyond the range"),
+        (lambda a: a, {"residual": 1e308}, ValueError, "residual: expected a number that float32 can hold, got 1e.308"),
+        (lambda a: a, {"residual": np.bool_(True)}, TypeError, "residual: expected a number, got bool"),
+        (lambda a: a, {"token": np.bool_(True)}, TypeError, "token: "),
+        (lambda a: a, {"token": np.array([0.0])}, TypeError, "token: "),
+        (lambda a: a, {"start_layer": np.array([0])}, TypeError, "start_layer: expected an int, got ndarray"),
+        (
+            lambda a: torch.eye(5).expand(3, 2, 2, 5, 5),
+            {"residual": 3e38, "normalize": False, "token": None},
+            ValueError,
+            "all layers are finite; their product leaves the range of torch.float32",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_cannot_be_used_is_named(
+    change: Callable[[torch.Tensor], Any], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        xf.attention_rollout(change(numbered()), **options)
     assert "\n" not in str(caught.value)

@@ -326,6 +326,27 @@ def test_operations_without_a_rule(name: str) -> None:
         torch.testing.assert_close(lrp.attribute(model, x, 1, fallback="gradient"), x * gradient)
 
 
+class Between(nn.Module):
+    """An operation between two layers, of the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=torch.exp(self.first(x)))
+
+
+def test_the_module_of_an_operation_without_a_rule() -> None:
+    x = torch.randn(2, 6)
+    with pytest.raises(ValueError, match=r" got ExpBackward0; fallback="):
+        lrp.attribute(Between(), x, 1)
+    with pytest.raises(ValueError, match=r" got ExpBackward0 in module '1'; "):
+        lrp.attribute(nn.Sequential(nn.Linear(6, 6), Between(), nn.ReLU()), x, 1)
+    with pytest.raises(ValueError, match=r" got ExpBackward0; fallback="):
+        lrp.attribute(mlp(), x, lambda y: y.exp()[:, 0])
+
+
 def test_lstm_is_refused() -> None:
     model = nn.LSTM(4, 3, batch_first=True)
     with pytest.raises(ValueError, match=r"^model: expected operations with a rule"):
@@ -378,6 +399,11 @@ BAD: list[tuple[str, type[Exception], Callable[[], Any]]] = [
         lambda: lrp.attribute(training(nn.Dropout()), X, 1),
     ),
     ("^model: .*BatchNorm1d '1' in training", ValueError, lambda: lrp.attribute(training(nn.BatchNorm1d(3)), X, 1)),
+    (
+        r"^model: expected batch norm with running statistics, got one .*track_running_stats=False\)$",
+        ValueError,
+        lambda: lrp.attribute(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval(), X, 1),
+    ),
     ("^model: .*dropout.*call model.eval", ValueError, lambda: lrp.attribute(Plain(lambda y: F.dropout(y, 0.5)), X, 1)),
 ]
 

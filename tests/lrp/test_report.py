@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.attention.models import TEXT
 from tests.lrp.models import PlainCNN, Transformer, bert, llama, mlp
 from xai_fast import lrp
 
@@ -75,6 +76,62 @@ def test_heads(kind: str) -> None:
     steps = {step.module: step for step in found.conservation if step.kind == "linear"}
     arrived = steps["model.layers.1.self_attn.o_proj"].relevance_in
     assert last.sum().item() == pytest.approx(arrived, rel=1e-4)
+
+
+class NewGELU(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def test_modules_that_are_one_function() -> None:
+    """A module with the identity rule: one operation, and a layer like the others."""
+    native, written = (nn.Sequential(nn.Linear(6, 5), act, nn.Linear(5, 3)).double() for act in (nn.GELU("tanh"), NewGELU()))
+    written.load_state_dict(native.state_dict())
+    x, composite = torch.randn(4, 6).double(), lrp.Composite("test", layers={NewGELU: lrp.Identity()})
+    wanted, found = lrp.attribute(native, x, 1, details=True), lrp.attribute(written, x, 1, composite, details=True)
+    torch.testing.assert_close(found.relevance, wanted.relevance)
+    assert list(found.layers) == list(wanted.layers)
+    for name, layer in wanted.layers.items():
+        torch.testing.assert_close(found.layers[name], layer)
+    assert [(step.kind, step.module) for step in found.conservation] == [
+        ("linear", "0"),
+        ("activation", "1"),
+        ("linear", "2"),
+    ]
+    for step, other in zip(found.conservation, wanted.conservation, strict=True):
+        assert step.relevance_out == pytest.approx(other.relevance_out)
+        assert step.relevance_in == pytest.approx(other.relevance_in)
+    assert found.conservation[1].expected == {}
+
+
+def test_heads_of_attention_with_three_dimensions() -> None:
+    """torch's attention with need_weights folds heads into samples; without it does not."""
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True).double(), torch.randn(3, 5, 8).double()
+
+    class Model(nn.Module):
+        def __init__(self, need_weights: bool) -> None:
+            super().__init__()
+            self.attention, self.need_weights = attention, need_weights
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+    for rule in ("attnlrp", "cp-lrp"):
+        wanted, found = (lrp.attribute(Model(need), x, (0, 3), rule, details=True).heads for need in (False, True))
+        assert list(found) == ["attention"]
+        assert found["attention"].shape == (3, 2, 5)
+        torch.testing.assert_close(found["attention"], wanted["attention"])
+
+
+def test_heads_of_deberta() -> None:
+    t = pytest.importorskip("transformers")
+    config = t.DebertaV2Config(
+        **TEXT, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, max_position_embeddings=32
+    )
+    model, ids = t.DebertaV2Model(config).eval(), torch.randint(0, 50, (3, 9))
+    found = lrp.attribute(model, ids, lambda out: out.last_hidden_state[:, 0, 0], details=True)
+    assert {tuple(heads.shape) for heads in found.heads.values()} == {(3, 4, 9)}
+    assert len(found.heads) == 2
 
 
 def test_table() -> None:

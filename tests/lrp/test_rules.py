@@ -174,6 +174,18 @@ def test_the_slope_at_zero_goes_on() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.5, -0.5]]))
 
 
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid()], ids=str)
+def test_activations_that_are_not_zero_at_zero_in_half_precision(activation: nn.Module) -> None:
+    """f(x) / x has to stay in the range of float16."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), activation, nn.Linear(4, 3))
+    for x in (torch.zeros(2, 4), torch.full((2, 4), 1e-5), torch.randn(2, 4)):
+        found = lrp.attribute(model.half(), x.half(), 1)
+        assert found.isfinite().all()
+    hidden = model.float()[0](x).abs().min()
+    assert hidden > 1e-2
+    torch.testing.assert_close(found.float(), lrp.attribute(model, x, 1), rtol=0.05, atol=0.01)
+
+
 NORMS = {
     "layer": (lambda x, w: F.layer_norm(x, (6,), w), True),
     "written": (lambda x, w: (x - x.mean(-1, True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * w, True),
@@ -296,6 +308,71 @@ def test_batch_norm_is_merged_into_weights() -> None:
         assert difference(lrp.attribute(model, x, 1, rule), lrp.attribute(merged, x, 1, rule)) < 1e-4, rule
 
 
+class Overwritten(nn.Module):
+    """A linear operation, something that overwrites its output, and a batch norm."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, overwrite: Any) -> None:
+        super().__init__()
+        self.layer, self.norm, self.overwrite, self.last = layer, norm, overwrite, nn.LazyLinear(3)
+        norm.running_mean.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.overwrite(self.layer(x))).flatten(1))
+
+
+# In place, and the same out of place.
+OVERWRITING = {
+    "relu": (lambda h: F.relu(h, inplace=True), F.relu),
+    "leaky_relu_": (lambda h: F.leaky_relu_(h, 0.1), lambda h: F.leaky_relu(h, 0.1)),
+    "clamp_": (lambda h: h.clamp_(-0.5, 0.5), lambda h: h.clamp(-0.5, 0.5)),
+    "mul_": (lambda h: h.mul_(3.0), lambda h: h * 3.0),
+    "add": (lambda h: h.add_(1.0), lambda h: h + 1.0),
+    "item": (lambda h: h.index_fill_(1, torch.tensor([0]), 0.0), lambda h: h.index_fill(1, torch.tensor([0]), 0.0)),
+    "view": (lambda h: h.view(-1).mul_(2.0).view(h.shape), lambda h: h * 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_batch_norm_behind_what_overwrites(name: str, kind: str) -> None:
+    """The batch norm does not read the output of the linear operation any more."""
+    norm: nn.Module = nn.BatchNorm1d(6)
+    layer, x = (nn.Linear(5, 6), torch.randn(4, 5)) if kind == "linear" else (nn.Conv1d(2, 6, 2), torch.randn(4, 2, 5))
+    in_place, out_of_place = (Overwritten(layer, norm, f).eval().double() for f in OVERWRITING[name])
+    out_of_place(x.double())
+    in_place.last = out_of_place.last
+    for rule in ("epsilon", "zplus", "gamma"):
+        for details in (False, True):
+            found, wanted = (lrp.attribute(m, x.double(), 1, rule, details=details) for m in (in_place, out_of_place))
+            torch.testing.assert_close(*(r.relevance if details else r for r in (found, wanted)))
+
+
+def test_batch_norm_behind_an_input_that_is_overwritten() -> None:
+    """Merging needs the input as the linear operation read it."""
+    layer, norm = nn.Linear(5, 5).double(), nn.BatchNorm1d(5).double().eval()
+    norm.running_mean.normal_()
+
+    def forward(x: Tensor) -> Tensor:
+        y = layer(x * 2.0)
+        return norm(y)
+
+    def overwriting(x: Tensor) -> Tensor:
+        h = x * 2.0
+        y = layer(h)
+        h.zero_()
+        return norm(y)
+
+    x = torch.randn(3, 5).double()
+    layer.requires_grad_(False), norm.requires_grad_(False)
+    assert relevance(forward, x, rule="zplus").any()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        relevance(overwriting, x, rule="zplus")
+
+
+def boxed(low: Any, high: Any) -> Any:
+    return lrp.attribute(nn.Linear(4, 3), torch.full((2, 4), 0.5), 1, lrp.ZBox(low, high))
+
+
 BAD = [
     (lambda: lrp.AlphaBeta(2, 2), ValueError, r"^alpha, beta: expected alpha - beta = 1, got alpha=2 and beta=2$"),
     (lambda: lrp.Epsilon(-1), ValueError, "^eps: expected .* at least 0, got -1$"),
@@ -306,6 +383,14 @@ BAD = [
     (lambda: lrp.Composite("x", linear=lrp.Norm()), ValueError, "^linear: expected a rule for linear operations"),
     (lambda: lrp.Composite("x", first=lrp.Identity()), ValueError, "^first: "),
     (lambda: lrp.Composite("x", layers={3: lrp.ZPlus()}), TypeError, "^layers: "),  # type: ignore[dict-item]
+    (lambda: lrp.Composite("x", layers=[1]), TypeError, "^layers: expected a mapping of modules to rules, got list$"),  # type: ignore[arg-type]
+    (lambda: lrp.Composite("x", layers=None), TypeError, "^layers: .* got NoneType$"),  # type: ignore[arg-type]
+    (lambda: lrp.ZBox(1, 0), ValueError, "^low: expected a bound of at most high = 0, got 1$"),
+    (lambda: lrp.ZBox(0, torch.tensor(float("nan"))), ValueError, "^high: expected finite bounds, got inf or NaN$"),
+    (lambda: boxed(torch.zeros(7), 1.0), ValueError, r"^low: expected a shape that broadcasts to \(2, 4\), got \(7,\)$"),
+    (lambda: boxed(torch.ones(4), torch.zeros(4)), ValueError, "^low: expected bounds of at most high"),
+    (lambda: boxed(0.75, 1.0), ValueError, "^low: expected bounds of at most x, got one 0.25 above it$"),
+    (lambda: boxed(0.0, 0.25), ValueError, "^high: expected bounds of at least x, got one 0.25 below it$"),
     (lambda: lrp.Composite("x", norm="zplus"), TypeError, "^norm: "),  # type: ignore[arg-type]
     (lambda: lrp.RelevanceMode(lrp.Composite("x", layers={"a": lrp.ZPlus()})), ValueError, "^model: "),
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,3 +226,54 @@ def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch, attention:
         warnings.simplefilter("error")
         again = ops._rollout_rows._fallback(attention, rows, *OPTIONS)
     torch.testing.assert_close(again, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_beyond_float32_are_refused(dtype: torch.dtype) -> None:
+    attention, query, rows = (
+        torch.rand(1, 2, 4, 4).to(dtype),
+        torch.rand(1, 2, 4, 8).to(dtype),
+        torch.rand(1, 1, 4).to(dtype),
+    )
+    calls = {
+        "residual": [
+            lambda x: xf.ops.rollout_rows(attention, rows, residual=x),
+            lambda x: xf.ops.fuse_heads(attention, residual=x),
+            lambda x: xf.ops.rollout_rows_qk(query, query, rows, residual=x),
+            lambda x: xf.ops.targeted_rows(query, query, query, query, rows, residual=x),
+        ],
+        "scale": [
+            lambda x: xf.ops.rollout_rows_qk(query, query, rows, scale=x),
+            lambda x: xf.ops.rollout_rows_qk(query, query, rows, scale=-x),
+            lambda x: xf.ops.attention_probabilities(query, query, scale=x),
+            lambda x: xf.ops.attention_relevance(query, query, query, query, scale=x),
+            lambda x: xf.ops.targeted_rows(query, query, query, query, rows, scale=x),
+        ],
+    }
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(ValueError, match=f"{name}: expected a number that float32 can hold, got -?1e.39"):
+                call(1e39)
+    wide = xf.ops.rollout_rows(attention.double(), rows.double(), residual=1e39)
+    torch.testing.assert_close(wide, rows.double())
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5)])
+def test_numbers_of_numpy(number: Any) -> None:
+    query, rows = torch.rand(1, 2, 4, 8), torch.rand(1, 1, 4)
+    wanted = xf.ops.rollout_rows_qk(query, query, rows, residual=0.5, scale=0.5)
+    assert torch.equal(xf.ops.rollout_rows_qk(query, query, rows, residual=number, scale=number), wanted)
+
+
+def test_tensors_that_are_not_dense_are_refused() -> None:
+    attention, query, rows = torch.rand(1, 2, 4, 4), torch.rand(1, 2, 4, 8), torch.rand(1, 1, 4)
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    for name, call in {
+        "attention": lambda: xf.ops.rollout_rows(attention.to_sparse(), rows),
+        "rows": lambda: xf.ops.rollout_rows_qk(query, query, rows.to_sparse()),
+        "query": lambda: xf.ops.rollout_rows_qk(query.to_mkldnn(), query, rows),
+        "key": lambda: xf.ops.rollout_rows_qk(query, query.to_sparse(), rows),
+        "attn_mask": lambda: xf.ops.rollout_rows_qk(query, query, rows, attn_mask=keep.to_sparse()),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name}: expected a dense tensor, got torch"):
+            call()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from .. import ops
+from .._dtypes import accumulate_dtype
 from ._layers import CapturedLayer, QueryKeyLayer, keep
 
 __all__ = ["OutputTap", "ProbabilityTap", "Tap", "check_score", "layer_gradients"]
@@ -48,7 +49,11 @@ class Tap:
         weights = self.weights(layer, grad, modified)
         clamped = weights.clamp(min=0) if options["clamp"] else weights
         chosen = {name: options[name] for name in ("head_fusion", "residual", "normalize")}
-        return ops.rollout_rows(clamped, rows.to(clamped.device), **chosen)
+        # A model in float64 may take its softmax in float32, as those of Hugging Face do.
+        dtype = torch.promote_types(rows.dtype, accumulate_dtype(clamped.dtype))
+        if accumulate_dtype(clamped.dtype) != dtype:
+            clamped = clamped.to(dtype)
+        return ops.rollout_rows(clamped, rows.to(clamped.device, dtype), **chosen)
 
     def signed(self, layer: CapturedLayer, grad: Tensor) -> Tensor:
         """sum_i A_ij dA_ij for each head and key, (B, H, Nk)."""
@@ -138,6 +143,8 @@ def check_score(score: Any, name: str, batch: int) -> list[Tensor]:
         )
     if score.dim() > 2 or (score.dim() > 0 and score.shape[0] != batch):
         raise ValueError(f"{name}: expected a scalar, ({batch},) or ({batch}, K), got shape {tuple(score.shape)}")
+    if score.numel() == 0:
+        raise ValueError(f"{name}: expected at least one score, got shape {tuple(score.shape)}")
     return [score.sum()] if score.dim() < 2 else list(score.sum(0).unbind())
 
 

@@ -8,7 +8,7 @@ the leading dimensions of the scores; they are brought to (B, H, N, d) only when
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from ._gradients import Tap
 
 __all__ = [
+    "LAST",
     "CannotKeepError",
     "CapturedLayer",
     "Kept",
     "LazyProjection",
     "LostLayer",
+    "Place",
     "ProbabilityLayer",
     "Projection",
     "QueryKeyLayer",
@@ -34,6 +36,11 @@ __all__ = [
     "keep_copy",
     "keep_owned",
 ]
+
+
+# The dimensions of queries and of keys, counted from the end.
+Place = tuple[int, int]
+LAST: Place = (-2, -1)
 
 
 class Kept:
@@ -60,6 +67,17 @@ class Kept:
                 "ask for the rollout before the change, or run the forward pass again"
             )
         return self.tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the tensor counts its versions anew.
+        return _kept_again, (self.tensor, self.intact())
+
+
+def _kept_again(tensor: Tensor, intact: bool) -> Kept:
+    kept = Kept(tensor)
+    if not intact:
+        kept.version = -1
+    return kept
 
 
 class CannotKeepError(Exception):
@@ -119,8 +137,8 @@ class CapturedLayer:
         Path of the innermost module that was running, "" if it is not known.
     kind : str
         How the model computed it: "sdpa", "matmul" (scores and softmax written out), "module"
-        (nn.MultiheadAttention and what is built on it) or "probabilities" (softmax of scores that are not
-        query @ key^T).
+        (nn.MultiheadAttention and what is built on it) or "probabilities" (what multiplies the value, where that is
+        not the softmax of scale * query @ key^T + mask).
     shape : tuple of int
         (B, H, Nq, Nk).
     """
@@ -179,6 +197,10 @@ class CapturedLayer:
 
     def _details(self) -> str:
         return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The graph of the forward pass cannot be copied.
+        return {**self.__dict__, "tap": None}
 
     def __repr__(self) -> str:
         batch, heads, queries, keys = self.shape
@@ -285,15 +307,19 @@ _MASK_NAMES = {"keep": "bool", "remove": "bool", "add": "additive"}
 
 
 class ProbabilityLayer(CapturedLayer):
-    """Attention kept as its probabilities, where the scores are not scale * query @ key^T + mask."""
+    """Attention kept as the matrix that multiplies the value, where that is not softmax(scale * query @ key^T + mask).
+
+    Queries and keys may be in other dimensions than the last, `place`.
+    """
 
     kind = "probabilities"
 
-    def __init__(self, name: str, probabilities: Kept, num_heads: int | None) -> None:
+    def __init__(self, name: str, probabilities: Kept, num_heads: int | None, place: Place = LAST) -> None:
         probabilities = Kept(_lasting(probabilities.tensor))
-        shape = tuple(probabilities.tensor.shape)
+        shape = tuple(probabilities.tensor.movedim(place, LAST).shape)
         super().__init__(name, shape[:-2], shape[-2], shape[-1], num_heads)
         self._kept = probabilities
+        self._place = place
 
     @property
     def dtype(self) -> torch.dtype:
@@ -309,7 +335,10 @@ class ProbabilityLayer(CapturedLayer):
     def probabilities(self) -> Tensor:
         self.check()
         kept = self._kept.get(f"the probabilities of {self.describe()}")
-        return _as_batch_heads(kept, self._lead, *self.shape[:2])
+        return self.as_batch_heads(kept)
+
+    def as_batch_heads(self, tensor: Tensor, *, grouped: bool = False) -> Tensor:
+        return super().as_batch_heads(tensor.movedim(self._place, LAST), grouped=grouped)
 
     def advance(self, rows: Tensor, *, head_fusion: str, residual: float, normalize: bool) -> Tensor:
         attention = self.probabilities()

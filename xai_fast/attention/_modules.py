@@ -12,7 +12,9 @@ torch.nn's modules for them run with the mode taken off too.
 
 from __future__ import annotations
 
+import copyreg
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -39,6 +41,11 @@ _PLAIN = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.Dro
 
 # wrapper(module, original, args, kwargs) -> what the original returned
 Wrapper = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+# entry(original, *args, **kwargs) -> what the original returned
+Entry = Callable[..., Any]
+
+# Modules are patched and restored by one thread at a time.
+_LOCK = threading.RLock()
 
 
 class Session(Protocol):
@@ -74,17 +81,115 @@ def carries_gradient(args: Any, kwargs: Any, module: nn.Module | None = None) ->
     return any(x.requires_grad for x in (*tensors, *parameters))
 
 
-class _Aside:
-    """The forward of a plain module while it is captured. A copy of the module has its class' own."""
+class _Patch:
+    """What a method of a module goes through while it is captured; all sessions, of all threads, share it.
 
-    def __init__(self, session: Session, module: nn.Module) -> None:
-        self._session, self._module, self._forward = session, module, module.forward
+    The last session to leave takes it away, in whatever order they leave.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+        # Replaced as a whole: another thread may be in the middle of a call.
+        self.entries: tuple[Entry, ...] = ()
+
+    def run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for entry in self.entries:
+            original = functools.partial(entry, original)
+        return original(*args, **kwargs)
+
+    def remove(self, entry: Entry) -> None:
+        with _LOCK:
+            self.entries = tuple(other for other in self.entries if other is not entry)
+            if not self.entries:
+                self._restore()
+                _copy_as_before(self._module)
+
+    def _restore(self) -> None:
+        raise NotImplementedError
+
+
+class _Attribute(_Patch):
+    """In the instance, in front of the class' own method or of one that the user has set."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self.previous = module.__dict__.get(name)
+        self._original = getattr(module, name)
+        module.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._session.aside(self._forward, *args, **kwargs)
+        return self.run(self._original, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module, "forward")
+        # For modules that have their own way of being copied.
+        return getattr, (self._module, self._name)
+
+    def _restore(self) -> None:
+        # What somebody else has put on top calls the original through this.
+        if self._module.__dict__.get(self._name) is not self:
+            return
+        if self.previous is None:
+            del self._module.__dict__[self._name]
+        else:
+            self._module.__dict__[self._name] = self.previous
+
+
+class _Splice(_Patch):
+    """In a class between a subclass of the user's and the class of torch.nn that its forward reaches through ``super()``."""
+
+    def __init__(self, module: nn.Module, base: type[nn.Module]) -> None:
+        super().__init__(module, "forward")
+        self.own = own = type(module)
+
+        def forward(this: Any, *args: Any, **kwargs: Any) -> Any:
+            original = super(between, this).forward  # type: ignore[misc]
+            return self.run(original, args, kwargs)
+
+        between: Any = type(base.__name__, (base,), {"forward": forward})
+        self.base, self._class = base, type(own.__name__, (own, between), {"__module__": own.__module__, "_splice": self})
+        module.__class__ = self._class
+
+    def _restore(self) -> None:
+        if type(self._module) is self._class:
+            self._module.__class__ = self.own
+
+
+def _splice_of(module: nn.Module) -> _Splice | None:
+    found = type(module).__dict__.get("_splice")
+    return found if isinstance(found, _Splice) else None
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    splice = _splice_of(module)
+    return type(module) if splice is None else splice.own
+
+
+def _copy_clean(module: nn.Module) -> None:
+    """Let copies and pickles of a patched module be those of the module without patches."""
+    module.__dict__.setdefault("__reduce_ex__", functools.partial(_reduce, module))
+
+
+def _copy_as_before(module: nn.Module) -> None:
+    if _splice_of(module) is None and not any(isinstance(value, _Attribute) for value in module.__dict__.values()):
+        module.__dict__.pop("__reduce_ex__", None)
+
+
+def _reduce(module: nn.Module, protocol: int) -> Any:
+    reduced = type(module).__reduce_ex__(module, protocol)
+    if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+        return reduced
+    own, state = _own_class(module), {}
+    for name, value in reduced[2].items():
+        if isinstance(value, _Attribute):
+            value = value.previous
+            if value is None:
+                continue
+        if name != "__reduce_ex__":
+            state[name] = value
+    made_by = tuple(own if part is type(module) else part for part in reduced[1])
+    # pickle wants copyreg's constructor to make the class that the object has.
+    make = object.__new__ if reduced[0] is copyreg.__newobj__ else reduced[0]  # type: ignore[attr-defined]
+    return make, made_by, state, *reduced[3:]
 
 
 class ModuleWrappers:
@@ -92,47 +197,41 @@ class ModuleWrappers:
 
     A module whose `forward` is torch.nn's own gets an instance attribute. A subclass with its own `forward`
     reaches torch.nn's through ``super()``; for the time of the capture a class is spliced in between, in its
-    method resolution order.
+    method resolution order. The forward of the model itself begins and ends the passes.
     """
 
     def __init__(self, model: nn.Module, modules: list[nn.Module], session: Session) -> None:
         self._model = model
         self._modules = modules
         self._session = session
-        self._wrapped: list[tuple[nn.Module, str, Any]] = []
-        self._spliced: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._wrapped: list[tuple[nn.Module, str]] = []
+        self._spliced: list[nn.Module] = []
+        self._entries: list[tuple[_Patch, Entry]] = []
         # Counts calls of a self-attention, to tell whether an encoder layer used it or took its fused path.
         self._attention_calls = 0
 
     def install(self) -> None:
-        bases = self._bases()
-        for module in self._modules:
-            for base, wrapper in bases:
-                if isinstance(module, base):
-                    if type(module).forward is base.forward:
-                        self._wrap(module, "forward", wrapper)
-                    else:
-                        self._splice(module, base, wrapper)
-            if type(module) in _PLAIN and module is not self._model and "forward" not in module.__dict__:
-                self._wrapped.append((module, "forward", None))
-                module.forward = _Aside(self._session, module)
-        for module, name in self._unknown_parts():
-            self._wrap(module, name, self._unknown)
-
-    def begins_passes(self) -> bool:
-        """Whether the model itself is wrapped, and the start of a forward pass is seen here."""
-        return self._covers(self._model)
+        with _LOCK:
+            bases = self._bases()
+            for module in self._modules:
+                own = _own_class(module)
+                for base, wrapper in bases:
+                    if isinstance(module, base):
+                        if own.forward is base.forward:
+                            self._wrap(module, "forward", wrapper)
+                        else:
+                            self._splice(module, base, wrapper)
+                if own in _PLAIN and module is not self._model and _has_own_forward(module):
+                    self._enter(_attribute(module, "forward"), functools.partial(_aside, self._session))
+            for module, name in self._unknown_parts():
+                self._wrap(module, name, self._unknown)
+            if not self._covers(self._model):
+                self._wrap(self._model, "forward", _pass_through)
 
     def remove(self) -> None:
-        while self._wrapped:
-            module, name, previous = self._wrapped.pop()
-            if previous is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, previous)
-        while self._spliced:
-            module, original = self._spliced.pop()
-            module.__class__ = original
+        while self._entries:
+            patch, entry = self._entries.pop()
+            patch.remove(entry)
 
     def _bases(self) -> list[tuple[type[nn.Module], Wrapper]]:
         return [
@@ -142,12 +241,12 @@ class ModuleWrappers:
         ]
 
     def _covers(self, module: nn.Module) -> bool:
-        return any(wrapped is module and name == "forward" for wrapped, name, _ in self._wrapped)
+        return any(wrapped is module and name == "forward" for wrapped, name in self._wrapped)
 
     def _unknown_parts(self) -> list[tuple[nn.Module, str]]:
         """What torch.nn's modules call that is not torch.nn's own."""
         parts: list[tuple[nn.Module, str]] = []
-        known = [module for module, *_ in (*self._wrapped, *self._spliced)]
+        known = [*(module for module, _ in self._wrapped), *self._spliced]
         for module in known:
             if isinstance(module, nn.TransformerEncoder):
                 parts += [(layer, "forward") for layer in module.layers if not self._covers(layer)]
@@ -156,45 +255,46 @@ class ModuleWrappers:
                     parts.append((module.self_attn, "forward"))
                 if type(module)._sa_block is not nn.TransformerEncoderLayer._sa_block:
                     parts.append((module, "_sa_block"))
-        if any(module is self._model for module, _ in self._spliced):
+        if any(module is self._model for module in self._spliced):
             parts.append((self._model, "forward"))
         return parts
 
+    def _enter(self, patch: _Patch, entry: Entry) -> None:
+        _copy_clean(patch._module)
+        patch.entries = (*patch.entries, entry)
+        self._entries.append((patch, entry))
+
     def _wrap(self, module: nn.Module, name: str, wrapper: Wrapper) -> None:
-        if any(wrapped is module and other == name for wrapped, other, _ in self._wrapped):
+        if any(wrapped is module and other == name for wrapped, other in self._wrapped):
             return
-        previous = module.__dict__.get(name)
-        original = getattr(module, name)
+        session = self._session
         is_root = module is self._model and name == "forward"
 
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not self._session.listens():
+        def entry(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not session.listens():
                 return original(*args, **kwargs)
             if not is_root:
                 return wrapper(module, original, args, kwargs)
-            self._session.begin_pass()
+            session.begin_pass()
             try:
                 return wrapper(module, original, args, kwargs)
             finally:
-                self._session.end_pass()
+                session.end_pass()
 
-        self._wrapped.append((module, name, previous))
-        setattr(module, name, wrapped)
+        self._wrapped.append((module, name))
+        patch = _attribute(module, name)
+        # Callers look at the signature of forward.
+        functools.update_wrapper(patch, patch._original, updated=())
+        self._enter(patch, entry)
 
     def _splice(self, module: nn.Module, base: type[nn.Module], wrapper: Wrapper) -> None:
         session = self._session
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            original = super(between, self).forward  # type: ignore[misc]
-            if not session.listens():
-                return original(*args, **kwargs)
-            return wrapper(self, original, args, kwargs)
+        def entry(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return wrapper(module, original, args, kwargs) if session.listens() else original(*args, **kwargs)
 
-        between: Any = type(base.__name__, (base,), {"forward": forward})
-        own = type(module)
-        self._spliced.append((module, own))
-        module.__class__ = type(own.__name__, (own, between), {"__module__": own.__module__})
+        self._spliced.append(module)
+        self._enter(_splice_of(module) or _Splice(module, base), entry)
 
     def _attention(self, module: nn.MultiheadAttention, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._attention_calls += 1
@@ -237,6 +337,26 @@ class ModuleWrappers:
         self._attention_calls += 1
         with self._session.resumed():
             return original(*args, **kwargs)
+
+
+def _attribute(module: nn.Module, name: str) -> _Attribute:
+    """The patch of this method, new or that of another session."""
+    found = module.__dict__.get(name)
+    return found if isinstance(found, _Attribute) else _Attribute(module, name)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether the forward of a module is that of its class, patched or not."""
+    forward = module.__dict__.get("forward")
+    return forward is None or (isinstance(forward, _Attribute) and forward.previous is None)
+
+
+def _aside(session: Session, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return session.aside(original, *args, **kwargs)
+
+
+def _pass_through(module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return original(*args, **kwargs)
 
 
 def _attention_arguments(

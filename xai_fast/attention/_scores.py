@@ -2,18 +2,16 @@
 
 Each function of interest has one handler. A handler calls the function with unchanged arguments, and then
 notes what the result is in terms of query and key: `Scores`, until the softmax commits them as a layer, then
-`Probabilities`. Notes hang on live tensors by weak reference. Whatever is not understood is simply not noted;
-if a softmax over such scores is later multiplied with a value, its probabilities are committed instead.
+`Probabilities`. Of scores that are not understood it is noted that they are `Derived`; when the softmax over them, or
+probabilities that were changed, meet a value, what multiplies it is committed instead. See `_notes.py`.
 """
 
 from __future__ import annotations
 
 import math
 import string
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -21,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gradients import ProbabilityTap
-from ._layers import CapturedLayer, Kept, ProbabilityLayer, QueryKeyLayer, Term, keep, keep_owned
+from ._layers import LAST, Kept, Place, Term, keep
+from ._notes import Derived, Note, Probabilities, Scores, ScoreTracker, Source, same_sizes, version_of
 
-__all__ = ["FOLLOWERS", "STARTERS", "Handler", "Probabilities", "ScoreTracker", "Scores"]
+__all__ = ["FOLLOWERS", "STARTERS", "Arguments", "Handler", "Keywords", "argument", "methods", "table"]
 
 Arguments = tuple[Any, ...]
 Keywords = Mapping[str, Any]
@@ -34,139 +32,11 @@ Handler = Callable[["ScoreTracker", Callable[..., Any], Arguments, Keywords], An
 LARGE_NEGATIVE = -1e3
 
 
-@dataclass(frozen=True)
-class Scores:
-    """scale * query @ key^T, then `terms` in order; query (..., Nq, d), key (..., Nk, d), both detached."""
-
-    query: Kept
-    key: Kept
-    scale: float = 1.0
-    terms: tuple[Term, ...] = ()
-
-
-@dataclass
-class Probabilities:
-    """The result of a softmax: committed already, or kept in case it meets a value."""
-
-    pending: Kept | None
-    tap: ProbabilityTap | None = None
-
-
-class ScoreTracker:
-    """Notes on live tensors, and the way to commit a layer.
-
-    Parameters
-    ----------
-    emit : callable
-        Takes a function of the layer's name that builds the layer.
-    num_heads : int or None
-        Heads folded in the leading dimension of 3-D scores.
-    """
-
-    def __init__(
-        self, emit: Callable[[Callable[[str], CapturedLayer]], CapturedLayer | None], num_heads: int | None
-    ) -> None:
-        self.emit = emit
-        self.num_heads = num_heads
-        # The capturing mode, and what makes a backward pass one for relevance while rules are woven into the forward pass.
-        self.mode: Any = None
-        self.relevance_pass: Any = None
-        self.notes: dict[int, tuple[weakref.ref[Tensor], int, Scores | Probabilities]] = {}
-
-    def clear(self) -> None:
-        self.notes.clear()
-
-    def find(self, tensor: object) -> Scores | Probabilities | None:
-        """The note on a tensor; none if the tensor was written to by a function without a handler."""
-        entry = self.notes.get(id(tensor))
-        if entry is None:
-            return None
-        reference, version, note = entry
-        if reference() is not tensor:
-            return None
-        if isinstance(note, Scores):
-            unchanged = version == _version(tensor) and note.query.intact() and note.key.intact()
-            return note if unchanged else None
-        return note
-
-    def note(self, tensor: Any, note: Scores | Probabilities) -> None:
-        if not isinstance(tensor, Tensor):
-            return
-        key, notes = id(tensor), self.notes
-
-        def remove(_: weakref.ref[Tensor]) -> None:
-            # Runs before the id can be given to another object.
-            notes.pop(key, None)
-
-        notes[key] = (weakref.ref(tensor, remove), _version(tensor), note)
-
-    def forget(self, tensor: object) -> None:
-        self.notes.pop(id(tensor), None)
-
-    def forget_aliases(self, written: Tensor) -> None:
-        """Drop the notes on other tensors of the same storage: without a version they would not know."""
-        storage = written.untyped_storage().data_ptr()
-        for key, (reference, _, note) in list(self.notes.items()):
-            tensor = reference()
-            if tensor is None or tensor is written or not isinstance(note, Scores):
-                continue
-            if tensor.untyped_storage().data_ptr() == storage:
-                self.notes.pop(key, None)
-
-    def commit_scores(self, scores: Scores, probabilities: Tensor) -> None:
-        query, key = scores.query.tensor, scores.key.tensor
-        layer = self.emit(
-            lambda name: QueryKeyLayer(
-                name,
-                "matmul",
-                (keep_owned(query), keep_owned(key)),
-                lead=tuple(probabilities.shape[:-2]),
-                queries=query.shape[-2],
-                keys=key.shape[-2],
-                scale=scores.scale,
-                terms=scores.terms,
-                num_heads=self.num_heads,
-            )
-        )
-        if layer is not None:
-            layer.tap = self.tap(probabilities)
-
-    def commit_probabilities(self, probabilities: Probabilities) -> None:
-        kept = probabilities.pending
-        if kept is not None:
-            probabilities.pending = None
-            layer = self.emit(lambda name: ProbabilityLayer(name, kept, self.num_heads))
-            if layer is not None:
-                layer.tap = probabilities.tap
-
-    @contextmanager
-    def folding(self, num_heads: int) -> Iterator[None]:
-        """3-D scores inside have `num_heads` heads in their leading dimension."""
-        before, self.num_heads = self.num_heads, num_heads
-        try:
-            yield
-        finally:
-            self.num_heads = before
-
-    def tap(self, probabilities: Tensor) -> ProbabilityTap | None:
-        return ProbabilityTap(probabilities, self.relevance_pass) if probabilities.requires_grad else None
-
-
-def _version(tensor: Any) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _argument(args: Arguments, kwargs: Keywords, position: int, *names: str) -> Any:
+def argument(args: Arguments, kwargs: Keywords, position: int, *names: str) -> Any:
     """An argument that may have been given by position or under one of several names."""
     if position < len(args):
         return args[position]
     return next((kwargs[name] for name in names if name in kwargs), None)
-
-
-def _protect(note: Scores | Probabilities | None, func: Callable[..., Any], in_place: bool = False) -> None:
-    """Copy probabilities that wait for a value before they are overwritten."""
-    if isinstance(note, Probabilities) and note.pending is not None and (in_place or func in _IN_PLACE):
-        note.pending = Kept(note.pending.tensor.clone())
 
 
 # Products: where scores begin, and where probabilities meet a value.
@@ -174,8 +44,8 @@ def _protect(note: Scores | Probabilities | None, func: Callable[..., Any], in_p
 
 def _matmul(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     """matmul, @, bmm."""
-    left = _argument(args, kwargs, 0, "input", "self")
-    right = _argument(args, kwargs, 1, "other", "mat2", "tensor2")
+    left = argument(args, kwargs, 0, "input", "self")
+    right = argument(args, kwargs, 1, "other", "mat2", "tensor2")
     out = func(*args, **kwargs)
     _after_product(tracker, out, left, right)
     return out
@@ -183,8 +53,8 @@ def _matmul(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kw
 
 def _baddbmm(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     """beta * input + alpha * batch1 @ batch2."""
-    bias = _argument(args, kwargs, 0, "input", "self")
-    left, right = _argument(args, kwargs, 1, "batch1"), _argument(args, kwargs, 2, "batch2")
+    bias = argument(args, kwargs, 0, "input", "self")
+    left, right = argument(args, kwargs, 1, "batch1"), argument(args, kwargs, 2, "batch2")
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     terms: tuple[Term, ...] = ()
     if beta != 0 and isinstance(bias, Tensor):
@@ -206,13 +76,26 @@ def _after_product(
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return
     note = tracker.find(left)
+    if isinstance(note, (Probabilities, Derived)) and _mixes_heads(out, left, note):
+        tracker.hand_on(out, note, note.place)
+        return
     if isinstance(note, Probabilities):
         # A two-dimensional right side is a weight (soft token embeddings), not the values of a sequence.
-        if right.ndim >= 3:
-            tracker.commit_probabilities(note)
+        if right.ndim >= 3 and (note.place is None or note.place[1] == -1):
+            tracker.meet_value(note, left)
+        return
+    note = tracker.find(right)
+    if isinstance(note, Probabilities) and left.ndim >= 3 and note.place is not None and note.place[1] == -2:
+        tracker.meet_value(note, right)
     elif left.ndim == right.ndim >= 3 and isinstance(out, Tensor):
         key = right.detach().transpose(-1, -2)
         tracker.note(out, Scores(keep(left), keep(key), alpha, terms))
+
+
+def _mixes_heads(out: Any, left: Tensor, note: Derived | Probabilities) -> bool:
+    """Whether a product runs over a dimension that is neither that of queries nor that of keys."""
+    place = note.place
+    return place is not None and -1 not in place and isinstance(out, Tensor) and same_sizes(place, out.shape, left.shape)
 
 
 def _einsum(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -226,31 +109,59 @@ def _einsum(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kw
     if len(operands) != 2 or not all(isinstance(operand, Tensor) for operand in operands):
         return out
     notes = [tracker.find(operand) for operand in operands]
-    for note, other in zip(notes, operands[::-1], strict=True):
+    for own, note in enumerate(notes):
         if isinstance(note, Probabilities):
-            if other.ndim >= 3:
-                tracker.commit_probabilities(note)
+            _einsum_with_note(tracker, out, note, args[0], operands, own)
             return out
     pair = _einsum_query_key(args[0], operands[0], operands[1])
     if pair is not None:
         tracker.note(out, Scores(keep(pair[0]), keep(pair[1])))
+        return out
+    for own, note in enumerate(notes):
+        if note is not None:
+            _einsum_with_note(tracker, out, note, args[0], operands, own)
     return out
 
 
-def _einsum_query_key(equation: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The operands of an einsum as query (lead, i, d) and key (lead, j, d), if it computes query @ key^T."""
+def _einsum_with_note(tracker: ScoreTracker, out: Tensor, note: Note, equation: str, operands: Arguments, own: int) -> None:
+    """Hand a note on if an einsum mixes heads; commit probabilities whose keys it sums over."""
+    found = _einsum_labels(equation, operands[0], operands[1])
+    tensor, other = operands[own], operands[1 - own]
+    is_summed = True
+    if found is not None and note.place is not None:
+        labels, output = found
+        row, key = (labels[own][dim] for dim in note.place)
+        if row in output and key in output:
+            tracker.hand_on(out, note, (output.index(row) - len(output), output.index(key) - len(output)))
+        is_summed = key not in output and key in labels[1 - own]
+    # A two-dimensional operand is a weight, not the values of a sequence.
+    if is_summed and other.ndim >= 3 and isinstance(note, Probabilities):
+        tracker.meet_value(note, tensor)
+
+
+def _einsum_labels(equation: str, first: Tensor, second: Tensor) -> tuple[list[str], str] | None:
+    """One label for each dimension of two operands and of the result."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     labels = inputs.split(",")
     if arrow and all(part.count("...") == 1 for part in (*labels, output)) and first.ndim == second.ndim:
         # Name the dimensions of the ellipsis, counted on the first operand.
         hidden = string.ascii_uppercase[: first.ndim - len(labels[0]) + 3]
         labels, output = [part.replace("...", hidden) for part in labels], output.replace("...", hidden)
-    if not arrow or len(labels) != 2 or len(output) < 3 or "." in "".join((*labels, output)):
+    if not arrow or len(labels) != 2 or "." in "".join((*labels, output)):
         return None
     if [len(part) for part in labels] != [first.ndim, second.ndim]:
         return None
     if any(len(set(part)) != len(part) for part in (*labels, output)):
         return None
+    return labels, output
+
+
+def _einsum_query_key(equation: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The operands of an einsum as query (lead, i, d) and key (lead, j, d), if it computes query @ key^T."""
+    found = _einsum_labels(equation, first, second)
+    if found is None or len(found[1]) < 3:
+        return None
+    labels, output = found
     lead, i, j = output[:-2], output[-2], output[-1]
     if i in labels[1]:
         labels, first, second = labels[::-1], second, first
@@ -279,27 +190,33 @@ def _scale(inverse: bool) -> Handler:
     """Multiplication, or division, by a number or by one number per head or row."""
 
     def handler(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-        left, right = _argument(args, kwargs, 0, "input", "self"), _argument(args, kwargs, 1, "other")
+        left, right = argument(args, kwargs, 0, "input", "self"), argument(args, kwargs, 1, "other")
         note, own, factor = tracker.find(left), left, right
         if note is None and not inverse and func not in _IN_PLACE:
             note, own, factor = tracker.find(right), right, left
         if note is None:
             return func(*args, **kwargs)
-        _protect(note, func)
         shape = own.shape
         out = func(*args, **kwargs)
-        if isinstance(note, Probabilities):
-            # A head mask or a gate: like dropout, it comes after the probabilities.
-            tracker.note(out, note)
-            return out
-        scaled = _scaled(note, factor, inverse) if kwargs.get("rounding_mode") is None else None
-        if scaled is not None and out.shape == shape:
+        scaled = None
+        if isinstance(note, Scores) and kwargs.get("rounding_mode") is None and out.shape == shape:
+            scaled = _scaled(note, factor, inverse)
+        if scaled is not None:
             tracker.note(out, scaled)
         else:
-            tracker.forget(out)
+            _elementwise(tracker, out, note, shape, factor)
         return out
 
     return handler
+
+
+def _elementwise(tracker: ScoreTracker, out: Tensor, note: Note, shape: torch.Size, other: Any = None) -> None:
+    """Hand on the note of a tensor of this shape that was changed in place or combined with another one."""
+    place = note.place if same_sizes(note.place, out.shape, shape) else None
+    joined = tracker.find(other) if isinstance(note, Probabilities) else None
+    if isinstance(note, Probabilities) and isinstance(joined, Probabilities):
+        note = replace(note, softmaxes=tuple(dict.fromkeys(note.softmaxes + joined.softmaxes)))
+    tracker.hand_on(out, note, place)
 
 
 def _scaled(scores: Scores, factor: Any, inverse: bool) -> Scores | None:
@@ -328,17 +245,20 @@ def _add(sign: float) -> Handler:
     """Addition, or subtraction, of a number or of a mask or bias that broadcasts to the scores."""
 
     def handler(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-        left, right = _argument(args, kwargs, 0, "input", "self"), _argument(args, kwargs, 1, "other")
+        left, right = argument(args, kwargs, 0, "input", "self"), argument(args, kwargs, 1, "other")
         alpha = kwargs.get("alpha", 1)
         note, own, other = tracker.find(left), left, right
         if note is None and sign * alpha == 1 and func not in _IN_PLACE:
             note, own, other = tracker.find(right), right, left
-        if not isinstance(note, Scores):
+        if note is None:
             return func(*args, **kwargs)
         shape, factor = own.shape, sign * alpha
         out = func(*args, **kwargs)
-        if out.shape != shape:
-            tracker.forget(out)
+        if not isinstance(note, Scores) or out.shape != shape:
+            if _may_be_added(tracker, note, other):
+                _elementwise(tracker, out, note, shape, other)
+            else:
+                tracker.forget(out)
         elif isinstance(other, Tensor) and other.ndim and (other.shape[-1] != 1 or shape[-1] == 1):
             tracker.note(out, replace(note, terms=(*note.terms, Term("add", keep(other), float(factor)))))
         else:
@@ -349,35 +269,41 @@ def _add(sign: float) -> Handler:
     return handler
 
 
+def _may_be_added(tracker: ScoreTracker, note: Note, other: Any) -> bool:
+    """False for a residual connection around a softmax of something else: its sum is no longer about keys."""
+    if not isinstance(note, Probabilities) or not isinstance(other, Tensor) or not other.ndim:
+        return True
+    return any(softmax.of_scores for softmax in note.softmaxes) or isinstance(tracker.find(other), Probabilities)
+
+
 def _masked_fill(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    scores = _argument(args, kwargs, 0, "input", "self")
+    scores = argument(args, kwargs, 0, "input", "self")
     note = tracker.find(scores)
-    _protect(note, func)
     out = func(*args, **kwargs)
     if note is not None:
-        mask, value = _argument(args, kwargs, 1, "mask"), _argument(args, kwargs, 2, "value")
+        mask, value = argument(args, kwargs, 1, "mask"), argument(args, kwargs, 2, "value")
         _note_fill(tracker, out, scores.shape, note, mask, "remove", value)
     return out
 
 
 def _where(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     """torch.where(condition, scores, number) or torch.where(condition, number, scores)."""
-    condition = _argument(args, kwargs, 0, "condition")
+    condition = argument(args, kwargs, 0, "condition")
     return _select(
         tracker,
         func,
         args,
         kwargs,
         condition,
-        _argument(args, kwargs, 1, "input", "self"),
-        _argument(args, kwargs, 2, "other"),
+        argument(args, kwargs, 1, "input", "self"),
+        argument(args, kwargs, 2, "other"),
     )
 
 
 def _tensor_where(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     """scores.where(condition, number)."""
-    chosen, condition = args[0], _argument(args, kwargs, 1, "condition")
-    return _select(tracker, func, args, kwargs, condition, chosen, _argument(args, kwargs, 2, "other"))
+    chosen, condition = args[0], argument(args, kwargs, 1, "condition")
+    return _select(tracker, func, args, kwargs, condition, chosen, argument(args, kwargs, 2, "other"))
 
 
 def _select(
@@ -392,7 +318,6 @@ def _select(
     note, scores, kind, value = tracker.find(chosen), chosen, "keep", other
     if note is None:
         note, scores, kind, value = tracker.find(other), other, "remove", chosen
-    _protect(note, func)
     out = func(*args, **kwargs)
     if note is not None:
         _note_fill(tracker, out, scores.shape, note, condition, kind, value)
@@ -403,16 +328,13 @@ def _note_fill(
     tracker: ScoreTracker,
     out: Tensor,
     shape: torch.Size,
-    note: Scores | Probabilities,
+    note: Note,
     mask: Any,
     kind: str,
     value: Any,
 ) -> None:
-    if isinstance(note, Probabilities):
-        tracker.note(out, note)
-        return
-    tracker.forget(out)
-    if out.shape != shape or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    _elementwise(tracker, out, note, shape)
+    if not isinstance(note, Scores) or out.shape != shape or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else math.nan
@@ -426,21 +348,30 @@ def _same(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwar
     note = tracker.find(args[0]) if args else None
     out = func(*args, **kwargs)
     if note is not None and isinstance(out, Tensor) and out is not args[0] and out.is_floating_point():
-        tracker.note(out, note)
+        if isinstance(note, Scores):
+            tracker.note(out, note)
+        else:
+            tracker.hand_on(out, note, note.place, unchanged=args[0])
     return out
 
 
 def _dropout(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    source = _argument(args, kwargs, 0, "input")
+    source = argument(args, kwargs, 0, "input")
     note = tracker.find(source)
     if note is None:
         return func(*args, **kwargs)
-    rate, training = _argument(args, kwargs, 1, "p"), _argument(args, kwargs, 2, "training", "train")
+    rate, training = argument(args, kwargs, 1, "p"), argument(args, kwargs, 2, "training", "train")
     active = (training is None or training) and rate != 0
-    _protect(note, func, in_place=active and bool(_argument(args, kwargs, 3, "inplace")))
+    before = source
+    if active and isinstance(note, Probabilities) and note.waits and note.source is None and note.place is not None:
+        overwritten = func in _IN_PLACE or argument(args, kwargs, 3, "inplace")
+        kept = keep(source.detach().clone() if overwritten else source)
+        note = replace(note, source=Source(kept, tracker.tap(source), note.place))
     out = func(*args, **kwargs)
-    if isinstance(note, Probabilities) or not active:
+    if isinstance(note, Scores) and not active:
         tracker.note(out, note)
+    elif out is not before or active:
+        tracker.hand_on(out, note, note.place, unchanged=before)
     return out
 
 
@@ -450,11 +381,18 @@ def _reshape(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, k
     out = func(*args, **kwargs)
     if note is None or out is args[0] or out.dtype != args[0].dtype:
         return out
-    if isinstance(note, Probabilities):
-        tracker.note(out, note)
-    elif out.ndim >= 3 and out.shape[-2:] == args[0].shape[-2:]:
-        tracker.note(out, _with_lead(note, tuple(args[0].shape[:-2]), tuple(out.shape[:-2])))
+    shape = args[0].shape
+    if isinstance(note, Scores) and out.ndim >= 3 and out.shape[-2:] == shape[-2:]:
+        tracker.note(out, _with_lead(note, tuple(shape[:-2]), tuple(out.shape[:-2])))
+    else:
+        tracker.hand_on(out, note, _place_after_reshape(note, shape, out.shape), unchanged=args[0])
     return out
+
+
+def _place_after_reshape(note: Note, before: torch.Size, after: torch.Size) -> Place | None:
+    """Queries and keys are where they were if only dimensions in front of both were folded or split."""
+    first = 0 if note.place is None else min(note.place)
+    return note.place if first and after[first:] == before[first:] else None
 
 
 def _with_lead(scores: Scores, old: tuple[int, ...], new: tuple[int, ...]) -> Scores:
@@ -477,26 +415,32 @@ def _with_lead(scores: Scores, old: tuple[int, ...], new: tuple[int, ...]) -> Sc
 
 
 def _softmax(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    scores, dim = _argument(args, kwargs, 0, "input", "self"), _argument(args, kwargs, 1, "dim")
+    scores, dim = argument(args, kwargs, 0, "input", "self"), argument(args, kwargs, 1, "dim")
     note = tracker.find(scores)
     out = func(*args, **kwargs)
-    if not isinstance(out, Tensor) or out.ndim < 3 or dim not in (-1, out.ndim - 1):
+    if not isinstance(out, Tensor) or out.ndim < 3 or not isinstance(dim, int):
         return out
-    if isinstance(note, Scores):
+    keys = dim if dim < 0 else dim - out.ndim
+    if isinstance(note, Scores) and keys == -1:
         tracker.commit_scores(note, out)
-        tracker.note(out, Probabilities(None))
-    else:
-        tracker.note(out, Probabilities(keep(out), tracker.tap(out)))
+    elif isinstance(note, (Scores, Derived)):
+        place = note.place or LAST
+        if keys in place:
+            tracker.await_value(out, (place[0] if keys == place[1] else place[1], keys), of_scores=True)
+    elif keys == -1:
+        tracker.await_value(out, LAST, of_scores=False)
     return out
 
 
 def _overwrite(tracker: ScoreTracker, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     """In-place functions that are not followed. Tensors of inference mode have no version that would tell."""
     note = tracker.find(args[0]) if args else None
-    _protect(note, func, in_place=True)
+    if note is None:
+        return func(*args, **kwargs)
+    version, shape = version_of(args[0]), args[0].shape
     out = func(*args, **kwargs)
-    if isinstance(note, Scores):
-        tracker.forget(args[0])
+    if version_of(args[0]) != version or version < 0:
+        _elementwise(tracker, args[0], note, shape)
     return out
 
 
@@ -511,7 +455,7 @@ def _writes(handler: Handler) -> Handler:
     return writing
 
 
-def _methods(*names: str) -> list[Callable[..., Any]]:
+def methods(*names: str) -> list[Callable[..., Any]]:
     """The functions of these names in torch and among the methods of Tensor, as a function mode sees them."""
     found = [getattr(place, name, None) for name in names for place in (Tensor, torch)]
     return [function for function in found if callable(function)]
@@ -533,36 +477,36 @@ def _in_place_methods() -> list[Callable[..., Any]]:
         "lshift",
         "rshift",
     )
-    return _methods(*names, *(f"__i{name}__" for name in operators), "__setitem__")
+    return methods(*names, *(f"__i{name}__" for name in operators), "__setitem__")
 
 
-def _table(*groups: tuple[list[Callable[..., Any]], Handler]) -> dict[Callable[..., Any], Handler]:
+def table(*groups: tuple[list[Callable[..., Any]], Handler]) -> dict[Callable[..., Any], Handler]:
     return {function: handler for functions, handler in groups for function in functions}
 
 
 _IN_PLACE = frozenset(_in_place_methods()) | {torch.dropout_}
 
 # Functions whose result may get the first note...
-STARTERS = _table(
-    (_methods("matmul", "__matmul__", "bmm"), _matmul),
-    (_methods("baddbmm", "baddbmm_"), _baddbmm),
+STARTERS = table(
+    (methods("matmul", "__matmul__", "bmm"), _matmul),
+    (methods("baddbmm", "baddbmm_"), _baddbmm),
     ([torch.einsum], _einsum),
-    ([F.softmax, *_methods("softmax"), torch.special.softmax], _softmax),
+    ([F.softmax, *methods("softmax"), torch.special.softmax], _softmax),
 )
 
 # ... and functions that only hand notes on, so that they need not be looked at while there are none.
-_HANDED_ON = _table(
+_HANDED_ON = table(
     (_in_place_methods(), _overwrite),
-    (_methods("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"), _scale(False)),
-    (_methods("div", "div_", "divide", "divide_", "true_divide", "true_divide_"), _scale(True)),
-    (_methods("__truediv__", "__itruediv__"), _scale(True)),
-    (_methods("add", "add_", "__add__", "__radd__", "__iadd__"), _add(1.0)),
-    (_methods("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"), _add(-1.0)),
-    (_methods("masked_fill", "masked_fill_"), _masked_fill),
+    (methods("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"), _scale(False)),
+    (methods("div", "div_", "divide", "divide_", "true_divide", "true_divide_"), _scale(True)),
+    (methods("__truediv__", "__itruediv__"), _scale(True)),
+    (methods("add", "add_", "__add__", "__radd__", "__iadd__"), _add(1.0)),
+    (methods("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"), _add(-1.0)),
+    (methods("masked_fill", "masked_fill_"), _masked_fill),
     ([torch.where], _where),
     ([Tensor.where], _tensor_where),
-    (_methods("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"), _same),
+    (methods("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"), _same),
     ([F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.dropout_], _dropout),
-    (_methods("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    (methods("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
 )
 FOLLOWERS = {function: _writes(handler) if function in _IN_PLACE else handler for function, handler in _HANDED_ON.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType, TracebackType
@@ -24,10 +25,13 @@ from torch.overrides import TorchFunctionMode
 from .._interception import opened, uncompiled
 from ..lrp._mode import RelevanceMode
 from ..lrp.composite import Composite, as_composite
+from ..ops import _checks as check
 from ._gradients import OutputTap
 from ._layers import CannotKeepError, CapturedLayer, LostLayer, QueryKeyLayer, Term, keep, keep_owned
 from ._modules import ModuleWrappers, carries_gradient, record_attention_forward
-from ._scores import FOLLOWERS, STARTERS, Handler, ScoreTracker
+from ._notes import ScoreTracker
+from ._passing import PASSING
+from ._scores import FOLLOWERS, STARTERS, Handler
 from .record import AttentionRecord
 
 __all__ = ["AttentionCapture", "AttentionRecord", "capture_attention"]
@@ -121,7 +125,7 @@ _FIRST_HANDLERS: dict[Callable[..., Any], Handler] = {
     F.scaled_dot_product_attention: _fused_attention,
     F.multi_head_attention_forward: _attention_forward,
 }
-_ALL_HANDLERS: dict[Callable[..., Any], Handler] = {**FOLLOWERS, **_FIRST_HANDLERS}
+_ALL_HANDLERS: dict[Callable[..., Any], Handler] = {**PASSING, **FOLLOWERS, **_FIRST_HANDLERS}
 
 
 class _Session:
@@ -130,6 +134,7 @@ class _Session:
     def __init__(self, model: nn.Module, keep_all: bool, num_heads: int | None, composite: Composite) -> None:
         self.record = AttentionRecord(keep_all)
         self.tracker = ScoreTracker(self.emit, num_heads)
+        self.tracker.running = self._where
         self.pad_to: int | None = None
         self._model = model
         # Walking the modules takes most of the time of entering the context: once is enough.
@@ -145,42 +150,53 @@ class _Session:
         self._composite = composite
         self._is_suspended = False
         self._wrappers = ModuleWrappers(model, self._modules, self)
-        self._hooks: list[Any] = []
         self._stance: Any = None
+        self._is_over = False
         # How many calls of the model are running.
         self._depth = 0
 
     def start(self) -> None:
         try:
             self._wrappers.install()
-            # A hook on one of torch.nn's modules would switch off its fused path; there the wrapper does
-            # this.
-            if not self._wrappers.begins_passes():
-                self._hooks = [
-                    self._model.register_forward_pre_hook(lambda *_: self.begin_pass()),
-                    self._model.register_forward_hook(lambda *_: self.end_pass(), always_call=True),
-                ]
-            self._stance = uncompiled()
-            self._stance.__enter__()
+            stance = uncompiled()
+            stance.__enter__()
+            self._stance = stance
         except BaseException:
             self._detach()
             raise
         self._mode.__enter__()
 
     def stop(self) -> None:
-        self._mode.__exit__(None, None, None)
-        self._detach()
-        self.tracker.clear()
+        try:
+            problem = self._leave_stack()
+        finally:
+            self._detach()
+        if problem:
+            raise RuntimeError(f"capture_attention: {problem}; this capture has ended, its record stays as it is")
+        self._warn_of_missing()
+
+    def _leave_stack(self) -> str:
+        """Take the modes off the stack of function modes, and return what was wrong with it."""
+        if threading.get_ident() != self._thread:
+            return "expected the thread that entered the context to leave it, got another one"
+        if not all(map(_is_on_stack, self._modes)):
+            return "expected its function mode to be active when the context is left, but it was taken off"
+        above = _pop_all(self._modes)
+        _push(above)
+        if above:
+            return "expected contexts to be left in the opposite order of entering them, but a later one is still active"
+        return ""
 
     def _detach(self) -> None:
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-        for hook in self._hooks:
-            hook.remove()
+        self._is_over = True
         self._wrappers.remove()
+        self.tracker.clear()
+        stance, self._stance = self._stance, None
+        if stance is not None:
+            stance.__exit__(None, None, None)
 
     def listens(self) -> bool:
-        return threading.get_ident() == self._thread
+        return threading.get_ident() == self._thread and not self._is_over
 
     def begin_pass(self) -> None:
         if not self.listens():
@@ -191,7 +207,8 @@ class _Session:
         if not self.record._keep_all:
             passes.clear()
         passes.append([])
-        if self._depth == 1 and torch.is_grad_enabled() and not any(module.training for module in self._modules):
+        is_plain = torch.is_grad_enabled() and not any(module.training for module in self._modules)
+        if self._depth == 1 and is_plain and not _is_transformed():
             self._weave_rules()
 
     def end_pass(self) -> None:
@@ -201,6 +218,19 @@ class _Session:
         if self._depth == 0 and len(self._modes) > 1:
             self._set_modes([self._mode])
             self.tracker.relevance_pass = None
+        if self._depth == 0:
+            self._warn_of_missing()
+
+    def _warn_of_missing(self) -> None:
+        missing = self.tracker.take_missing()
+        # A pass that has failed has not met every value.
+        if not missing or sys.exc_info()[0] is not None:
+            return
+        names = ", ".join(repr(name) for name in dict.fromkeys(missing))
+        warnings.warn(
+            f"capture_attention: attention of {names} is missing from the record: its product with a value was not seen",
+            stacklevel=2,
+        )
 
     def _weave_rules(self) -> None:
         """Let the graph of this pass serve relevance passes too; forward values and true gradients stay as they are."""
@@ -213,16 +243,15 @@ class _Session:
         self._modes = modes
         _push([*modes, *above])
 
-    def emit(self, build: Callable[[str], CapturedLayer], module: nn.Module | None = None) -> CapturedLayer | None:
-        # Gradient checkpointing runs the forward pass again during backward.
-        if torch._C._current_graph_task_id() != -1:
-            return None
-        name = self._names[id(module)] if module is not None else self._running_module()
+    def emit(
+        self,
+        build: Callable[[str], CapturedLayer],
+        module: nn.Module | None = None,
+        instead_of: Sequence[CapturedLayer] = (),
+    ) -> CapturedLayer | None:
+        name = self._where(module)
         if name is None:
-            # Attention of something else, unless the model calls it from where no module can be seen.
-            if self._depth == 0:
-                return None
-            name = ""
+            return None
         passes = self.record._passes
         if not passes:
             passes.append([])
@@ -233,7 +262,18 @@ class _Session:
             layer = LostLayer(name, str(reason))
         layer.index = len(passes[-1])
         passes[-1].append(layer)
+        if instead_of:
+            _replace(passes[-1], instead_of, layer)
         return layer
+
+    def _where(self, module: nn.Module | None = None) -> str | None:
+        """Path of the module that runs; None if its attention is not to be recorded."""
+        # Gradient checkpointing runs the forward pass again during backward.
+        if self._is_over or torch._C._current_graph_task_id() != -1:
+            return None
+        name = self._names[id(module)] if module is not None else self._running_module()
+        # Attention of something else, unless the model calls it from where no module can be seen.
+        return "" if name is None and self._depth > 0 else name
 
     def _running_module(self) -> str | None:
         """Path of the innermost module of the model on the call stack, None if there is none."""
@@ -294,9 +334,25 @@ class _Session:
             torch._C._push_on_torch_function_stack(self._mode)
 
 
+def _replace(layers: list[CapturedLayer], old: Sequence[CapturedLayer], new: CapturedLayer) -> None:
+    """Move the layer to the place of the first of `old`, which all go."""
+    place = next((index for index, layer in enumerate(layers) if layer in old), None)
+    if place is None:
+        return
+    layers.insert(place, layers.pop())
+    layers[:] = [layer for layer in layers if layer not in old]
+    for index, layer in enumerate(layers):
+        layer.index = index
+
+
 def _is_method_of_others(frame: FrameType) -> bool:
     """Reading the variables of a frame takes a copy of them, so it is done only where it may help."""
     return frame.f_code.co_varnames[:1] == ("self",) and frame.f_globals.get("__package__") != __package__
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which functions for relevance do not support."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _is_on_stack(mode: TorchFunctionMode) -> bool:
@@ -338,7 +394,11 @@ class AttentionCapture:
         return session.record
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._sessions.pop().stop()
+        # Several threads may be inside the same context.
+        own = [session for session in self._sessions if session.listens()]
+        session = (own or self._sessions)[-1]
+        self._sessions.remove(session)
+        session.stop()
 
 
 def capture_attention(
@@ -357,8 +417,10 @@ def capture_attention(
     Understood are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention``, ``nn.TransformerEncoder``
     and its layers (fused path included), ``F.multi_head_attention_forward``, and attention that is written
     out: scores q k^T by matmul, bmm, baddbmm or einsum, scaled, with additive masks or biases, masked_fill or
-    where, then softmax. Scores of any other kind (tanh soft-capping) are kept as probabilities, O(N^2) for
-    that layer. A softmax over a 2-D tensor is never attention.
+    where, then softmax. Where what multiplies the value is anything else (tanh soft-capping, attention sinks, talking
+    heads, probabilities that are mixed, masked or renormalised), that matrix itself is kept, O(N^2) for that layer; a
+    UserWarning names the modules whose softmax(q k^T) was not seen to meet a value. A softmax over a 2-D tensor is never
+    attention.
 
     Parameters
     ----------
@@ -386,6 +448,9 @@ def capture_attention(
         `model` is no nn.Module; num_heads is no int; `rule` is no rule.
     ValueError
         An unknown `keep` or `rule`; num_heads below 1.
+    RuntimeError
+        On leaving: contexts are left in another order than the opposite of entering them, or by another thread. This capture
+        has then ended all the same.
 
     Notes
     -----
@@ -393,7 +458,8 @@ def capture_attention(
     only if they are views of something larger. For torch.nn modules the input is kept, and q and k are
     computed when first needed. Probabilities are those before dropout. Masks are kept by reference. A model
     under ``torch.compile`` runs uncompiled while it is captured, and its output is that of the uncompiled
-    model.
+    model. Several threads may capture one model at once, each its own passes; a copy or a pickle of the model made inside
+    the block is not captured. Passes under ``torch.func`` or forward-mode differentiation have no ``relevance``.
 
     Examples
     --------
@@ -409,8 +475,8 @@ def capture_attention(
     if keep not in ("last", "all"):
         raise ValueError(f"keep: expected 'last' or 'all', got {keep!r}")
     if num_heads is not None:
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        if not check.is_whole(num_heads):
             raise TypeError(f"num_heads: expected an int or None, got {type(num_heads).__name__}")
         if num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
-    return AttentionCapture(model, keep == "all", num_heads, as_composite(rule))
+    return AttentionCapture(model, keep == "all", None if num_heads is None else int(num_heads), as_composite(rule))

@@ -79,25 +79,29 @@ def encoder_decoder_relevance(
     batch, inputs, outputs = sizes
     like = encoder[0]
     dtype = accumulate_dtype(like.dtype)
-    to_encoder = torch.eye(inputs, dtype=dtype, device=like.device).expand(batch, -1, -1)
+    # R - I throughout: next to 1, small weights would be lost.
+    to_encoder = torch.zeros(batch, inputs, inputs, dtype=dtype, device=like.device)
     for matrix in encoder:
-        to_encoder = to_encoder + matrix.to(dtype) @ to_encoder
+        to_encoder = to_encoder + matrix.to(dtype) @ to_encoder + matrix.to(dtype)
     settled = _normalized(to_encoder)
-    to_decoder = torch.eye(outputs, dtype=dtype, device=like.device).expand(batch, -1, -1)
+    to_decoder = torch.zeros(batch, outputs, outputs, dtype=dtype, device=like.device)
     across = torch.zeros(batch, outputs, inputs, dtype=dtype, device=like.device)
     for own, other in zip(decoder, cross, strict=True):
         across = across + own.to(dtype) @ across
-        to_decoder = to_decoder + own.to(dtype) @ to_decoder
+        to_decoder = to_decoder + own.to(dtype) @ to_decoder + own.to(dtype)
         across = across + _normalized(to_decoder).transpose(-1, -2) @ (other.to(dtype) @ settled)
-    return EncoderDecoderRelevance(to_encoder.to(like.dtype), to_decoder.to(like.dtype), across.to(like.dtype))
+    encoded, decoded = (_with_identity(added).to(like.dtype) for added in (to_encoder, to_decoder))
+    return EncoderDecoderRelevance(encoded, decoded, across.to(like.dtype))
 
 
-def _normalized(relevance: Tensor) -> Tensor:
+def _with_identity(added: Tensor) -> Tensor:
+    return added + torch.eye(added.shape[-1], dtype=added.dtype, device=added.device)
+
+
+def _normalized(added: Tensor) -> Tensor:
     """R - I with rows that sum to 1, plus I (eq. 8 and 9)."""
-    eye = torch.eye(relevance.shape[-1], dtype=relevance.dtype, device=relevance.device)
-    added = relevance - eye
     total = added.sum(-1, keepdim=True)
-    return torch.where(total == 0, 0.0, added / torch.where(total == 0, 1.0, total)) + eye
+    return _with_identity(torch.where(total == 0, 0.0, added / torch.where(total == 0, 1.0, total)))
 
 
 def _check(encoder: Any, decoder: Any, cross: Any) -> tuple[int, int, int]:

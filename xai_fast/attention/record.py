@@ -33,7 +33,8 @@ Layers = slice | Sequence[int] | None
 class AttentionRecord:
     """What was captured: one list of layers per forward pass of the model.
 
-    Made by :func:`capture_attention`. It can be used inside the context, after a forward pass, and after it.
+    Made by :func:`capture_attention`. It can be used inside the context, after a forward pass, and after it. Copies and
+    pickles have what needs no gradients: ``rollout``, ``attentions``, ``layers`` and ``passes``.
     """
 
     def __init__(self, keep_all: bool) -> None:
@@ -129,7 +130,9 @@ class AttentionRecord:
         -------
         Tensor
             (B, N) for one token, (B, T, N) for several, (B, N, N) for None; dtype of the model's attention.
-            Rows of padded queries are what the model computed for them, under nested sequences what a zero input gives.
+            A query that may not attend any key has a row of zeros in A, of which the rollout keeps the residual alone;
+            models that let it attend every key alike (eager Hugging Face on left-padded text) compute something else there.
+            Under nested sequences rows of padded queries are what a zero input gives.
 
         Raises
         ------
@@ -339,8 +342,7 @@ class AttentionRecord:
             return tuple(-_tap(layer).signed(layer, grad) for layer, grad in zip(chosen, grads, strict=True))
 
     def _chosen(self, layers: Layers, forward: int) -> list[CapturedLayer]:
-        if isinstance(forward, bool) or not isinstance(forward, int):
-            raise TypeError(f"forward: expected an int, got {type(forward).__name__}")
+        forward = check.check_int(forward, "forward")
         if not self._passes or not any(self._passes):
             raise ValueError(
                 "no attention was captured: looked for F.scaled_dot_product_attention, softmax(q k^T) and "
@@ -460,7 +462,7 @@ def _roll_targeted(
             residual=options["residual"],
             normalize=options["normalize"],
             wide=True,
-        )
+        ).to(accumulate_dtype(layer.dtype))
         rows = matrix if rows is None else torch.bmm(rows, matrix)
     assert rows is not None
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,18 @@ from ..ops import _checks as check
 from ..ops._library import outside_autocast
 from ..ops.rollout import MANY_ROWS, fuse_heads, rollout_product, rollout_rows
 
-Token = int | Sequence[int] | Tensor | None
+Token = int | Sequence[int] | Tensor | np.ndarray | None
 
 
 def token_indices(token: Token, tokens: int) -> list[int] | None:
     """The chosen tokens as indices in [0, tokens); None for all of them. Negative indices count from the end."""
     if token is None:
         return None
-    if isinstance(token, Tensor):
+    if isinstance(token, (Tensor, np.ndarray)):
         token = token.tolist()
-    if not isinstance(token, (int, Sequence)) or isinstance(token, str):
+    if not isinstance(token, (Integral, Sequence)) or isinstance(token, str):
         raise TypeError(f"token: expected an int, a sequence of ints or None, got {token!r}")
-    chosen = [token] if isinstance(token, int) else list(token)
+    chosen = list(token) if isinstance(token, Sequence) else [token]
     if not chosen:
         raise ValueError("token: expected an int, a non-empty sequence of ints or None, got an empty sequence")
     indices = []
@@ -50,7 +51,7 @@ def start_rows(indices: list[int] | None, batch: int, tokens: int, like: Tensor)
 
 def finish(rows: Tensor, token: Token, dtype: torch.dtype) -> Tensor:
     """(B, R, N) -> (B, N) for one token, in the dtype of the attention."""
-    single = isinstance(token, int) or (isinstance(token, Tensor) and token.dim() == 0)
+    single = isinstance(token, Integral) or (isinstance(token, (Tensor, np.ndarray)) and token.ndim == 0)
     return (rows.squeeze(1) if single else rows).to(dtype)
 
 
@@ -62,8 +63,7 @@ def check_discard_ratio(discard_ratio: Any) -> float:
 
 
 def check_start_layer(start_layer: Any, layers: int) -> int:
-    if isinstance(start_layer, bool) or not isinstance(start_layer, int):
-        raise TypeError(f"start_layer: expected an int, got {type(start_layer).__name__}")
+    start_layer = check.check_int(start_layer, "start_layer")
     if not -layers <= start_layer < layers:
         raise ValueError(f"start_layer: expected a layer in [{-layers}, {layers}), got {start_layer}")
     return start_layer % layers
@@ -97,16 +97,17 @@ def layer_matrix(attention: Tensor, head_fusion: str, residual: float, normalize
     return fuse_heads(kept.unsqueeze(1), residual=residual, normalize=normalize)
 
 
-def _as_layers(attentions: Any) -> list[Tensor]:
+def as_layers(attentions: Any) -> list[Tensor]:
     """The layers as a list of (B, H, N, N) tensors of one shape, dtype and device."""
     if isinstance(attentions, Tensor) or hasattr(attentions, "__array__"):
-        stacked = torch.as_tensor(attentions)
+        stacked = check.from_array(attentions, "attentions")
+        check.check_tensor(stacked, "attentions")
         if stacked.dim() != 5:
             shape = check.shape_of(stacked)
             raise ValueError(f"attentions: expected (B, H, N, N) tensors or one (L, B, H, N, N), got shape {shape}")
         layers = list(stacked.unbind(0))
     elif isinstance(attentions, Sequence):
-        layers = [torch.as_tensor(a) if hasattr(a, "__array__") else a for a in attentions]
+        layers = [check.from_array(layer, f"attentions[{number}]") for number, layer in enumerate(attentions)]
     else:
         raise TypeError(f"attentions: expected a sequence of tensors or one tensor, got {type(attentions).__name__}")
     if not layers:
@@ -129,14 +130,19 @@ def _as_layers(attentions: Any) -> list[Tensor]:
 
 def _raise_if_nan(result: Tensor, layers: list[Tensor], start_layer: int) -> None:
     """The guilty layer is looked for only when the result is NaN: a NaN anywhere in a layer reaches every later product."""
-    if not bool(result.isnan().any()):
+    if result.is_meta or not bool(result.isnan().any()):
         return
     for number in range(start_layer, len(layers)):
         if bool(layers[number].isnan().any()):
             raise ValueError(
                 f"attentions[{number}]: expected finite attention, got NaN in layer {number} (check_nan=False lets it pass)"
             )
-    raise ValueError("attentions: the rollout is NaN though no layer holds one; expected finite attention, got inf")
+    if any(bool(layer.isinf().any()) for layer in layers[start_layer:]):
+        raise ValueError("attentions: the rollout is NaN though no layer holds one; expected finite attention, got inf")
+    raise ValueError(
+        f"attentions: the rollout is NaN though all layers are finite; their product leaves the range of {result.dtype} "
+        "(a large residual, or normalize=False)"
+    )
 
 
 def attention_rollout(
@@ -205,13 +211,13 @@ def attention_rollout(
     >>> xf.attention_rollout(attentions, token=0).shape
     torch.Size([2, 5])
     """
-    layers = _as_layers(attentions)
+    layers = as_layers(attentions)
     batch, _, tokens, _ = layers[0].shape
     indices = token_indices(token, tokens)
     start_layer = check_start_layer(start_layer, len(layers))
     discard_ratio = check_discard_ratio(discard_ratio)
     check.check_head_fusion(head_fusion)
-    residual = check.check_residual(residual)
+    residual = check.check_residual(residual, layers[0].dtype)
     options: dict[str, Any] = {"head_fusion": head_fusion, "residual": residual, "normalize": bool(normalize)}
 
     wanted = layers[start_layer:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def signed_attention(alpha: Tensor | Sequence[Tensor], loss: Tensor, *, retain_g
     TypeError
         Not tensors.
     ValueError
-        A loss without a graph, or weights on which it does not depend.
+        No weights, a loss without a graph, or weights on which it does not depend.
 
     Notes
     -----
@@ -52,7 +52,11 @@ def signed_attention(alpha: Tensor | Sequence[Tensor], loss: Tensor, *, retain_g
     tensor([-0.5000,  0.5000])
     """
     single = isinstance(alpha, Tensor)
+    if not single and not isinstance(alpha, Iterable):
+        raise TypeError(f"alpha: expected a tensor or a sequence of tensors, got {type(alpha).__name__}")
     weights = [alpha] if isinstance(alpha, Tensor) else list(alpha)
+    if not weights:
+        raise ValueError("alpha: expected at least one tensor, got an empty sequence")
     for number, weight in enumerate(weights):
         name = "alpha" if single else f"alpha[{number}]"
         if not isinstance(weight, Tensor):

@@ -169,7 +169,9 @@ def attention_gradient(
 def identity_ratio(y: Tensor, x: Tensor, at_zero: float, slope: float) -> Tensor:
     """y / x; its limit `slope` at x = 0 if f(0) = `at_zero` is 0, else with |x| kept away from 0."""
     if at_zero != 0:
-        return y / torch.where(x >= 0, x.clamp(min=1e-6), x.clamp(max=-1e-6))
+        # The range of float16 ends at 65504: the ratio, and a gradient of some size times it, have to stay below.
+        least = 1e-3 if x.dtype == torch.float16 else 1e-6
+        return y / torch.where(x >= 0, x.clamp(min=least), x.clamp(max=-least))
     ratio = y / x
     # 0 / 0 is rare, and a sum finds it at a fraction of the cost; on a GPU looking at it would make the CPU wait.
     if x.device.type == "cpu" and not ratio.sum().isnan():

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn import Parameter
 
-__all__ = ["is_constant", "is_rearranged", "nodes_between", "unknown_step"]
+from . import _functions as functions
+
+__all__ = [
+    "CONTRACTIONS",
+    "is_attention_weights",
+    "is_constant",
+    "is_rearranged",
+    "leaves_behind",
+    "nodes_between",
+    "unknown_step",
+]
 
 
 def _names(*lines: str) -> frozenset[str]:
@@ -53,6 +63,12 @@ _PRODUCTS = {
     "EmbeddingBag": (0,),
 }
 
+# Sums of products with a weight, by the kind of their rule: their gradient is a rule only where that rule is the gradient.
+CONTRACTIONS = {
+    "linear": _names("Mm Bmm Addmm Baddbmm Addbmm Linear Dot Mv"),
+    "convolution": _names("Convolution MkldnnConvolution ConvolutionOverrideable SlowConv2D"),
+}
+
 # The autograd Functions of this package.
 _OUR_FUNCTIONS = {"_Scale", "_ScaleInPlace", "_Replace", "_Probe"}
 _KNOWN = _LINEAR | _REARRANGING
@@ -62,6 +78,16 @@ _CONSTANT_STEPS = _REARRANGING | _names(
     "AccumulateGrad Add Sub Rsub Neg Mul Div Exp Cat Stack Softplus Mean Sum Rsqrt Sqrt Reciprocal Pow Clamp ClampMin"
 )
 _CONSTANT_STEPS |= {name for name in _KNOWN if name.startswith("Upsample")}
+
+_SOFTMAX = _names("Softmax SafeSoftmax MaskedSoftmax")
+# Steps that attention weights may go through and stay what they are: one entry at a time, selected, moved or averaged.
+_WEIGHT_STEPS = (_CONSTANT_STEPS - {"AccumulateGrad"}) | _names(
+    "Index IndexSelect Gather Take TakeAlongDim Repeat RepeatInterleave SelfRepeatInterleave Where MaskedFill MaskedSelect",
+    "MaskedScatter Scatter IndexPut IndexFill IndexCopy Copy CopySlices Triu Tril ConstantPadNd NativeDropout NanToNum Abs",
+    "Relu LeakyRelu Threshold Maximum Minimum Amax Max Topk Sort",
+)
+# Heads that are mixed by a weight matrix.
+_MIXING_STEPS = CONTRACTIONS["linear"] | CONTRACTIONS["convolution"]
 
 
 def _operation(node: Any) -> str:
@@ -74,27 +100,40 @@ def _parents(node: Any) -> list[Any]:
     return [parent for parent, _ in node.next_functions if parent is not None]
 
 
-def unknown_step(root: Any, verified: set[Any]) -> str | None:
-    """Name of the first operation behind the node `root` that no rule covers; None if all are known.
-
-    `verified` holds the nodes of operations that a rule has prepared.
-    """
+def _nodes_behind(root: Any) -> Iterator[Any]:
+    """The node `root` and all that its gradient goes to."""
     seen, waiting = {root}, [root]
     while waiting:
         node = waiting.pop()
-        if node not in verified and not _is_known(node):
-            return str(node.name())
+        yield node
         for parent in _parents(node):
             if parent not in seen:
                 seen.add(parent)
                 waiting.append(parent)
+
+
+def unknown_step(root: Any, verified: set[Any], ruled: frozenset[str] = frozenset()) -> str | None:
+    """Name of the first operation behind the node `root` that no rule covers; None if all are known.
+
+    `verified` holds the nodes of operations that a rule has prepared, `ruled` the names of those that need it.
+    """
+    for node in _nodes_behind(root):
+        if node not in verified and not _is_known(node, ruled):
+            return str(node.name())
     return None
 
 
-def _is_known(node: Any) -> bool:
+def leaves_behind(root: Any) -> list[Tensor]:
+    """The tensors that the gradient of the node `root` ends at."""
+    return [node.variable for node in _nodes_behind(root) if _operation(node) == "AccumulateGrad"]
+
+
+def _is_known(node: Any, ruled: frozenset[str]) -> bool:
     operation = _operation(node)
     if isinstance(node, BackwardCFunction):
         return operation in _OUR_FUNCTIONS
+    if operation in ruled:
+        return False
     if operation in _PRODUCTS:
         edges = node.next_functions
         return sum(edges[i][0] is not None for i in _PRODUCTS[operation] if i < len(edges)) <= 1
@@ -148,6 +187,44 @@ def is_constant(x: Tensor) -> bool:
         seen.update(fresh)
         waiting += fresh
     return True
+
+
+def is_attention_weights(x: Tensor, *, may_be_mixed: bool = False) -> bool:
+    """Whether x is the output of a softmax, changed at most entry by entry, rearranged or joined, and nothing else in it
+    carries relevance. may_be_mixed: by matrix products with constants too.
+    """
+    if x.grad_fn is None:
+        return False
+    seen, waiting, is_found = {x.grad_fn}, [x.grad_fn], False
+    while waiting:
+        node = waiting.pop()
+        if _is_stop(node) or _is_parameter(node):
+            continue
+        if _operation(node) in _SOFTMAX:
+            is_found = True
+            continue
+        if not _keeps_weights(node, may_be_mixed):
+            return False
+        fresh = [parent for parent in _parents(node) if parent not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return is_found
+
+
+def _keeps_weights(node: Any, may_be_mixed: bool) -> bool:
+    operation = _operation(node)
+    if not isinstance(node, BackwardCFunction):
+        return operation in _WEIGHT_STEPS or (may_be_mixed and operation in _MIXING_STEPS)
+    if operation != "_Replace":
+        return operation in _OUR_FUNCTIONS
+    gradient = getattr(node, "gradient", None)
+    if may_be_mixed:
+        return gradient not in (functions.norm_gradient, functions.group_norm_gradient, functions.attention_gradient)
+    return gradient is functions.identity_gradient
+
+
+def _is_parameter(node: Any) -> bool:
+    return _operation(node) == "AccumulateGrad" and isinstance(node.variable, Parameter)
 
 
 def _is_stop(node: Any) -> bool:

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 from .._interception import opened
 from . import _functions as functions
+from . import _graph as graph
 from . import _spellings as spell
-from ._linear import LINEAR, LinearOperation, convolution, direct_relevance, linear_gradient
-from .rules import Attention, Epsilon, Gradient, Identity, Norm, Rule
+from ._inputs import order_of_ids
+from ._linear import LINEAR, LinearOperation, check_bounds, convolution, direct_relevance, linear_gradient, product
+from .rules import Attention, Gradient, Identity, Norm, Rule, is_gradient
 
 if TYPE_CHECKING:
     from ._mode import RelevanceMode
     from ._report import Observer
     from .composite import Composite
 
-__all__ = ["PROBABILITIES", "Arguments", "Handler", "Keywords", "argument", "build_table", "identity_of_module"]
+__all__ = ["Arguments", "Handler", "Keywords", "argument", "attention_weights", "build_table", "identity_of_module"]
 
 Arguments = tuple[Any, ...]
 Keywords = Mapping[str, Any]
 Handler = Callable[["RelevanceMode", Callable[..., Any], Arguments, Keywords], Any]
-
-PROBABILITIES = "probabilities"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class RuledLinear:
     operation: LinearOperation
     rule: Rule
     x: Tensor
+    # Of x: it may be overwritten before the batch norm runs.
+    version: int
     weight: Tensor
     bias: Tensor | None
 
@@ -68,7 +70,7 @@ def _with_arguments(
 def _linear(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
     x, weight, bias = (argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
     if weight.ndim != 2:
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if bias is not None else _product(mode, func, args, kwargs, (0, "input"), (1, "weight"))
     return _ruled_linear(mode, mode.rule("linear", x), LINEAR, x, weight, bias, func, args, kwargs)
 
 
@@ -102,11 +104,15 @@ def _ruled_linear(
     args: Arguments,
     kwargs: Keywords,
 ) -> Any:
-    if not mode.carries(x) or mode.carries(weight) or isinstance(rule, Gradient) or rule == Epsilon(0.0):
+    if not mode.carries(x) or mode.carries(weight):
         return func(*args, **kwargs)
+    if is_gradient(rule):
+        return mode.native(func, args, kwargs)
+    check_bounds(rule, x)
     y = mode.value(func, args, kwargs)
-    out = _with_rule(mode, RuledLinear(operation, rule, x, weight.detach(), None if bias is None else bias.detach()), y)
-    mode.note(out, RuledLinear(operation, rule, x, weight, bias))
+    call = RuledLinear(operation, rule, x, x._version, weight.detach(), None if bias is None else bias.detach())
+    out = _with_rule(mode, call, y)
+    mode.note(out, call)
     return out
 
 
@@ -134,61 +140,73 @@ def _batch_norm(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, 
     )
     if mode.switchable and (training or mean is None):
         return func(*args, **kwargs)
-    if training or mean is None:
+    if mean is None:
+        raise ValueError(
+            "model: expected batch norm with running statistics, got one that takes those of the batch "
+            "(track_running_stats=False)"
+        )
+    if training:
         raise ValueError("model: expected batch norm in evaluation mode, got training mode; call model.eval()")
     call = mode.note_on(x)
-    if not isinstance(call, RuledLinear):
+    if not isinstance(call, RuledLinear) or call.x._version != call.version or not call.operation.has_channels:
         return mode.native(func, args, kwargs)
     factor = torch.rsqrt(variance + eps) * (1.0 if weight is None else weight.detach())
     shape = [1] * call.weight.ndim
     shape[call.operation.output_dimension] = -1
-    if call.operation.is_grouped_transpose:
-        return mode.native(func, args, kwargs)
-    offset = (-mean if call.bias is None else call.bias.detach() - mean) * factor
+    offset = (-mean if call.bias is None else call.bias - mean) * factor
     merged = RuledLinear(
         call.operation,
         call.rule,
         call.x,
-        call.weight.detach() * factor.view(shape),
+        call.version,
+        call.weight * factor.view(shape),
         offset if bias is None else offset + bias.detach(),
     )
     return _with_rule(mode, merged, mode.value(func, args, kwargs))
 
 
-# Products of two tensors that both carry relevance: each operand gets its part (AttnLRP, eq. 13; halves unless one of them
-# is known to hold attention weights).
+# Products of tensors that carry relevance: each operand gets its part (AttnLRP, eq. 13; equal parts unless one of them
+# holds attention weights).
+
+# Where an operand is given: position and name.
+Place = tuple[int, str]
 
 
-def _parts(mode: RelevanceMode, left: Any, right: Any) -> tuple[float, float]:
-    rule = mode.rule("attention")
+def _parts(mode: RelevanceMode, operands: list[Tensor], is_matrix: bool) -> list[float]:
+    rule, count = mode.rule("attention"), len(operands)
     if isinstance(rule, Gradient):
-        return 1.0, 1.0
+        return [1.0] * count
     assert isinstance(rule, Attention)
-    if mode.is_probabilities(left):
-        return rule.lam, 1 - rule.lam
-    if mode.is_probabilities(right):
-        return 1 - rule.lam, rule.lam
-    return 0.5, 0.5
+    weights = None if rule.lam == 0.5 else attention_weights(operands, is_matrix)
+    if weights is None:
+        return [1 / count] * count
+    return [rule.lam if i == weights else (1 - rule.lam) / (count - 1) for i in range(count)]
+
+
+def attention_weights(operands: list[Tensor], is_matrix: bool) -> int | None:
+    """Which of these operands holds attention weights: the first; in a matrix product else the only one mixed of them."""
+    found = [i for i, x in enumerate(operands) if graph.is_attention_weights(x)]
+    if not found and is_matrix:
+        mixed = [i for i, x in enumerate(operands) if graph.is_attention_weights(x, may_be_mixed=True)]
+        found = mixed if len(mixed) == 1 else []
+    return found[0] if found else None
 
 
 def _shared_product(
-    mode: RelevanceMode,
-    func: Callable[..., Any],
-    args: Arguments,
-    kwargs: Keywords,
-    left: tuple[int, str],
-    right: tuple[int, str],
+    mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords, left: Place, right: Place
 ) -> Any:
-    """A product whose operands are given at (position, name)."""
+    """A product of two operands: shared out if both carry relevance."""
     a, b = argument(args, kwargs, *left), argument(args, kwargs, *right)
     if mode.carries(a) and mode.carries(b):
-        share_a, share_b = _parts(mode, a, b)
+        share_a, share_b = _parts(mode, [a, b], func not in spell.MULTIPLICATION)
         # The first operand of an in-place operation is overwritten.
         in_place = func in spell.IN_PLACE
         first = functions.scale_in_place(a, share_a, mode.state) if in_place else mode.scale(a, share_a)
         args, kwargs = _with_arguments(
             args, kwargs, {left[0]: (left[1], first), right[0]: (right[1], mode.scale(b, share_b))}
         )
+        return mode.native(func, args, kwargs)
+    if func not in spell.MULTIPLICATION and is_gradient(mode.rule("linear", a if mode.carries(a) else b)):
         return mode.native(func, args, kwargs)
     return func(*args, **kwargs)
 
@@ -198,29 +216,99 @@ def _matmul(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwar
     x, weight = argument(args, kwargs, 0, "input", "self"), argument(args, kwargs, 1, name)
     if isinstance(weight, Tensor) and weight.ndim == 2 and func is not Tensor.__rmatmul__ and not mode.carries(weight):
         return _ruled_linear(mode, mode.rule("linear", x), LINEAR, x, weight.mT, None, func, args, kwargs)
-    return _shared_product(mode, func, args, kwargs, (0, "input"), (1, name))
+    return _product(mode, func, args, kwargs, (0, "input"), (1, name))
+
+
+def _inner(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return _product(mode, func, args, kwargs, (0, "input"), (1, "vec" if "vec" in kwargs else "other"))
+
+
+def _tensordot(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    return _product(mode, func, args, kwargs, (0, "a"), (1, "b"), is_batched=False)
+
+
+def _product(
+    mode: RelevanceMode,
+    func: Callable[..., Any],
+    args: Arguments,
+    kwargs: Keywords,
+    left: Place,
+    right: Place,
+    is_batched: bool = True,
+) -> Any:
+    """A sum of products; is_batched: what comes before the last two dimensions of an operand is not summed over."""
+    a, b = argument(args, kwargs, *left), argument(args, kwargs, *right)
+    carrying = mode.carries(a), mode.carries(b)
+    if all(carrying):
+        return _shared_product(mode, func, args, kwargs, left, right)
+    if not any(carrying) or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return func(*args, **kwargs)
+
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        operands, named = _with_arguments(args, kwargs, {left[0]: (left[1], a), right[0]: (right[1], b)})
+        y: Tensor = func(*operands, **named)
+        return y
+
+    constant = b if carrying[0] else a
+    return _constant_product(mode, call, a, b, is_batched and constant.ndim > 2)
+
+
+def _constant_product(
+    mode: RelevanceMode, call: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, is_batched: bool
+) -> Any:
+    """A sum of products with one constant operand: a weight, if it is a parameter or a matrix without batch dimensions.
+
+    Others are activations that happen to be constant, or the vector of a score; they keep their gradient.
+    """
+    x, constant = (a, b) if mode.carries(a) else (b, a)
+    if (is_batched or constant.ndim < 2) and not _is_parameter(constant):
+        return mode.native(call, (a, b), {})
+    operation = product(call if x is a else lambda x, weight: call(weight, x))
+    return _ruled_linear(mode, mode.rule("linear", x), operation, x, constant, None, call, (a, b), {})
+
+
+def _is_parameter(x: Tensor) -> bool:
+    """Whether x is a parameter, or a view of one."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)
 
 
 def _baddbmm(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    a, b = (argument(args, kwargs, i, name) for i, name in ((1, "batch1"), (2, "batch2")))
+    if mode.carries(a) != mode.carries(b) and not _is_parameter(b if mode.carries(a) else a):
+        return mode.native(func, args, kwargs)
     return _shared_product(mode, func, args, kwargs, (1, "batch1"), (2, "batch2"))
 
 
 def _einsum(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """n operands that carry relevance get 1/n each."""
     if not args or not isinstance(args[0], str):
         return func(*args, **kwargs)
+    equation = args[0]
     operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else list(args[1:])
     carrying = [i for i, operand in enumerate(operands) if mode.carries(operand)]
+    if len(carrying) == 1 and (_sums_nothing(equation) or is_gradient(mode.rule("linear", operands[carrying[0]]))):
+        return mode.native(func, args, kwargs)
+    if len(carrying) == 1 and len(operands) == 2:
+        first, second = operands
+        return _constant_product(mode, lambda a, b: func(equation, a, b), first, second, _has_batch_index(equation))
     if len(carrying) < 2:
         return func(*args, **kwargs)
-    shares: tuple[float, ...] = (1 / len(carrying),) * len(carrying)
-    if len(carrying) == 2:
-        shares = _parts(mode, operands[carrying[0]], operands[carrying[1]])
-    elif isinstance(mode.rule("attention"), Gradient):
-        shares = (1.0,) * len(carrying)
-    for i, share in zip(carrying, shares, strict=True):
+    for i, share in zip(carrying, _parts(mode, [operands[i] for i in carrying], True), strict=True):
         operands[i] = mode.scale(operands[i], share)
-    return mode.native(func, (args[0], *operands), kwargs)
+    return mode.native(func, (equation, *operands), kwargs)
+
+
+def _sums_nothing(equation: str) -> bool:
+    """Whether every entry of the result is one product."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    letters = set(inputs) - {",", "."}
+    return letters <= set(output) if arrow else all(inputs.count(letter) == 1 for letter in letters)
+
+
+def _has_batch_index(equation: str) -> bool:
+    """Whether the two operands have an index in common that is not summed over."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    first, second = (set(term) for term in inputs.split(","))
+    return bool(first & second & set(output if arrow else "."))
 
 
 def _multiplication(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -300,21 +388,6 @@ def _fits_fused_rule(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not query.ndim == key.ndim == value.ndim == 4 or key.shape[:3] != value.shape[:3]:
         return False
     return query.shape[0] == key.shape[0] and query.shape[1] % key.shape[1] == 0
-
-
-def _softmax(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """Its gradient is the Taylor rule R_x = x (R_y - y sum R_y) of AttnLRP (eq. 13) already."""
-    out = func(*args, **kwargs)
-    mode.note(out, PROBABILITIES)
-    return out
-
-
-def _follow(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
-    """Attention weights stay what they are through casts and changes of shape."""
-    out = func(*args, **kwargs)
-    if args and mode.is_probabilities(args[0]):
-        mode.note(out, PROBABILITIES)
-    return out
 
 
 # Norms
@@ -451,6 +524,7 @@ def _near_zero(func: Callable[..., Any], rest: Arguments, named: tuple[tuple[str
 
 
 def _plain(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
+    """The gradient is the rule already; of a softmax the Taylor rule R_x = x (R_y - y sum R_y) of AttnLRP (eq. 13)."""
     return func(*args, **kwargs)
 
 
@@ -458,7 +532,7 @@ def _dropout(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwa
     p = argument(args, kwargs, 1, "p", default=0.5)
     if p and argument(args, kwargs, 2, "training", "train", default=True) and not mode.switchable:
         raise ValueError(f"model: expected no active dropout, got p={p} in training mode; call model.eval()")
-    return _follow(mode, func, args, kwargs)
+    return func(*args, **kwargs)
 
 
 def _embedding(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs: Keywords) -> Any:
@@ -467,13 +541,17 @@ def _embedding(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, k
     if func is torch.embedding:
         ids = argument(args, kwargs, 1, "indices")
     for given, leaves in mode.embedded:
-        if ids.untyped_storage().data_ptr() == given.untyped_storage().data_ptr() and ids.numel() == given.numel():
-            if torch._C._current_graph_task_id() != -1:
-                # Gradient checkpointing runs this again: the same leaf, so that the graphs join.
-                return leaves[0].clone()
-            leaves.append(out.detach().requires_grad_())
-            out = leaves[-1].clone()
-            mode.inputs.append(out)
+        order = order_of_ids(ids, given)
+        if order is None:
+            continue
+        # Shaped like the given ids (B,N), whatever the model made of them.
+        leaf = out.detach().permute(*order, -1).reshape(*given.shape, out.shape[-1]).requires_grad_()
+        # Gradient checkpointing runs this again, for values only: the graph is the one of the first run.
+        if torch._C._current_graph_task_id() == -1:
+            leaves.append(leaf)
+        permuted = leaf.clone().view(*(ids.shape[i] for i in order), out.shape[-1])
+        out = permuted.permute(*(order.index(i) for i in range(ids.ndim)), -1)
+        mode.inputs.append(out)
     return out
 
 
@@ -490,7 +568,6 @@ def _open(mode: RelevanceMode, func: Callable[..., Any], args: Arguments, kwargs
 
 def build_table(composite: Composite, observer: Observer | None) -> dict[Callable[..., Any], Handler]:
     """Function -> handler, of the functions that this composite (or the observer) needs to see."""
-    rules = [composite.first, *composite.layers.values()]
     table: dict[Callable[..., Any], Handler] = {}
 
     def add(spellings: Any, handler: Handler, kind: str | None = None) -> None:
@@ -498,21 +575,18 @@ def build_table(composite: Composite, observer: Observer | None) -> dict[Callabl
             handler = observer.watching(handler, kind)
         table.update(dict.fromkeys(spellings, handler))
 
-    linear_rules = [rule for rule in (*rules, composite.linear, composite.convolution) if rule is not None]
-    if observer is not None or any(not isinstance(rule, Gradient) and rule != Epsilon(0.0) for rule in linear_rules):
+    if observer is not None or composite.ruled_kinds():
         add({F.linear}, _linear, "linear")
         add({torch.addmm, Tensor.addmm}, _addmm, "linear")
         add(spell.CONVOLUTION | spell.TRANSPOSED_CONVOLUTION, _convolution, "convolution")
     else:
         add({torch.addmm, Tensor.addmm}, _addmm)
-    if observer is not None or any(
-        isinstance(rule, Attention) and rule.lam != 0.5 for rule in (*rules, composite.attention)
-    ):
-        add(spell.SHAPE, _follow)
-        add(spell.SOFTMAX, _softmax, "softmax")
     if observer is not None:
+        add(spell.SOFTMAX, _plain, "softmax")
         add(spell.ADDITION, _plain, "addition")
     add(spell.PRODUCT, _matmul, "product")
+    add(spell.INNER, _inner, "product")
+    add(spell.TENSORDOT, _tensordot, "product")
     add({torch.baddbmm, Tensor.baddbmm, Tensor.baddbmm_}, _baddbmm, "product")
     add({torch.einsum, torch.functional.einsum}, _einsum, "product")
     add(spell.MULTIPLICATION, _multiplication, "product")

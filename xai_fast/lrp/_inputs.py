@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ._mode import RelevanceMode
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "order_of_ids"]
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Inputs:
     def __init__(self, entries: dict[Any, _Entry], form: str, more: tuple[Any, ...], more_named: Mapping[str, Any]) -> None:
         self.entries = entries
         self.form = form
-        self.more = more
-        self.more_named = more_named
+        self.more = _constant(more)
+        self.more_named = _constant(dict(more_named))
         self.batch = self._batch()
 
     @classmethod
@@ -79,7 +80,7 @@ class Inputs:
 
     def _value(self, entry: _Entry, mode: RelevanceMode) -> Any:
         if not entry.is_attributed:
-            return entry.value
+            return _constant(entry.value)
         entry.leaves = []
         if entry.is_ids:
             mode.embedded.append((entry.value, entry.leaves))
@@ -134,6 +135,17 @@ class Inputs:
         return total
 
 
+def _constant(value: Any) -> Any:
+    """The value with its tensors detached, so that no relevance goes to them."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    if type(value) in (tuple, list):
+        return type(value)(map(_constant, value))
+    if type(value) is dict:
+        return {name: _constant(part) for name, part in value.items()}
+    return value
+
+
 def _is_attributable(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype != torch.bool
 
@@ -142,3 +154,29 @@ def _is_attributed_name(name: str, x: Any) -> bool:
     if not isinstance(x, Tensor) or "mask" in name:
         return False
     return x.is_floating_point() or name == "input_ids"
+
+
+def order_of_ids(ids: Tensor, given: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of `ids` in the order in which they are the entries of `given`; None if they are others in memory."""
+    if (ids.data_ptr(), ids.dtype, ids.numel()) != (given.data_ptr(), given.dtype, given.numel()):
+        return None
+    if _merged(_layout(ids)) == _merged(_layout(given)):
+        return tuple(range(ids.ndim))
+    orders = itertools.permutations(range(ids.ndim))
+    return next((order for order in orders if _layout(ids.permute(order)) == _layout(given)), None)
+
+
+def _layout(x: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the dimensions."""
+    return [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+
+
+def _merged(layout: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same with the dimensions as one that a reshape can make one."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in layout:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = merged[-1][0] * size, stride
+        else:
+            merged.append((size, stride))
+    return merged

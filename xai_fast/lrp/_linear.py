@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..ops import _relevance_checks
 from .rules import AlphaBeta, Epsilon, Flat, Gamma, Gradient, Rule, WSquare, ZBox, ZPlus
 
-__all__ = ["LINEAR", "LinearOperation", "convolution", "direct_relevance", "expected_losses", "linear_gradient"]
+__all__ = [
+    "LINEAR",
+    "LinearOperation",
+    "check_bounds",
+    "convolution",
+    "direct_relevance",
+    "expected_losses",
+    "linear_gradient",
+    "product",
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class LinearOperation:
     """A map (x, weight, bias) -> y that is linear in x, and its transpose in x.
 
     `options` are those of a convolution, (stride, padding, dilation, transposed, output_padding, groups); None for
-    F.linear. is_regular: they are numbers, and x has a batch dimension.
+    F.linear, empty for other products. is_regular: they are numbers, and x has a batch dimension.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -57,12 +67,19 @@ class LinearOperation:
         return 1 if self.options is not None and self.options[3] else 0
 
     @property
-    def is_grouped_transpose(self) -> bool:
-        """A transposed convolution with groups: no dimension of its weight runs over all channels of the output."""
-        return self.options is not None and self.options[3] and self.options[5] != 1
+    def has_channels(self) -> bool:
+        """Whether there is one: a transposed convolution with groups has none, and of other products it is not known."""
+        if self.options is None:
+            return True
+        return bool(self.options) and not (self.options[3] and self.options[5] != 1)
 
 
 LINEAR = LinearOperation(F.linear)
+
+
+def product(call: Callable[[Tensor, Tensor], Tensor]) -> LinearOperation:
+    """A sum of products x_i w_j, in whatever way they are summed."""
+    return LinearOperation(lambda x, weight, bias: call(x, weight), (), is_regular=False)
 
 
 def convolution(
@@ -189,13 +206,19 @@ class _Parts:
         return torch.where(self.x < 0, negative, positive)
 
 
+def check_bounds(rule: Rule, x: Tensor) -> None:
+    """ValueError if this is a ZBox whose bounds do not hold for x."""
+    if isinstance(rule, ZBox):
+        _relevance_checks.check_bounds(rule.low, rule.high, x.detach())
+
+
 def direct_relevance(
     op: LinearOperation, rule: Rule, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     """R_x itself, for the rules that are no multiple of x."""
     relevance = g * y
     if isinstance(rule, ZBox):
-        low, high = (torch.as_tensor(t, dtype=x.dtype, device=x.device).expand_as(x) for t in (rule.low, rule.high))
+        low, high = (torch.as_tensor(t, dtype=x.dtype, device=x.device).detach().expand_as(x) for t in (rule.low, rule.high))
         up, down = weight.clamp(min=0), weight.clamp(max=0)
         # b - max(b, 0) - min(b, 0) = 0: the bias takes no part.
         z = op.forward(x, weight, None) - op.forward(low, up, None) - op.forward(high, down, None)

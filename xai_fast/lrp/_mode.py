@@ -8,7 +8,7 @@ al. 2024, section 3.3 and the efficient implementation after it). Forward values
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from . import _functions as functions
 from . import _graph as graph
-from ._handlers import PROBABILITIES, Arguments, Keywords, build_table, identity_of_module
+from ._handlers import Arguments, Keywords, build_table, identity_of_module
 from ._report import Observer
 from .composite import Composite
 from .rules import Identity, Kind, Rule
 
-__all__ = ["RelevanceMode"]
+__all__ = ["RelevanceMode", "tensors_of"]
 
 
 class RelevanceMode(TorchFunctionMode):
@@ -83,7 +83,9 @@ class RelevanceMode(TorchFunctionMode):
         self.direct: list[tuple[Tensor, Tensor]] = []
         # Token ids, and the leaves that stand for their embeddings.
         self.embedded: list[tuple[Tensor, list[Tensor]]] = []
-        self._notes: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        # Names of the operations that need a rule's preparation, for the same check.
+        self.ruled = frozenset[str]().union(*(graph.CONTRACTIONS[kind] for kind in composite.ruled_kinds()))
+        self._notes: dict[int, tuple[weakref.ref[Tensor], int, Any]] = {}
         self._model = model
         self._module_rules = composite.rules_of_modules(model) if composite.layers and model is not None else {}
         self._stack: list[int] = []
@@ -106,7 +108,8 @@ class RelevanceMode(TorchFunctionMode):
             for module in self._model.modules():
                 if id(module) in self._module_rules:
                     self._hooks.append(module.register_forward_pre_hook(self._enter_module))
-                    self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+                    # Before the hooks of an observer: it is to see the output that goes on.
+                    self._hooks.append(module.register_forward_hook(self._leave_module, prepend=True, always_call=True))
         self._depth += 1
         super().__enter__()
         return self
@@ -126,6 +129,8 @@ class RelevanceMode(TorchFunctionMode):
         if self._stack:
             self._stack.pop()
         if Identity() in self._module_rules[id(module)] and args and isinstance(output, Tensor) and self.carries(args[0]):
+            if self.observer is not None:
+                return self.observer.watch_module(lambda x: identity_of_module(self, module, x, output), args[0])
             return identity_of_module(self, module, args[0], output)
         return None
 
@@ -161,7 +166,7 @@ class RelevanceMode(TorchFunctionMode):
         """The call as it is, its nodes noted as known."""
         if self.switchable:
             return func(*args, **kwargs)
-        ends = [t.grad_fn for t in _tensors((*args, *kwargs.values()))]
+        ends = [t.grad_fn for t in tensors_of((*args, *kwargs.values()))]
         out = func(*args, **kwargs)
         self.verified |= graph.nodes_between(out, ends)
         return out
@@ -173,25 +178,21 @@ class RelevanceMode(TorchFunctionMode):
         with torch.no_grad():
             return func(*args, **kwargs)
 
-    def note(self, tensor: Any, note: Any) -> None:
-        if isinstance(tensor, Tensor):
-            key, notes = id(tensor), self._notes
-            notes[key] = (weakref.ref(tensor, lambda _: notes.pop(key, None)), note)
+    def note(self, tensor: Tensor, note: Any) -> None:
+        key, notes = id(tensor), self._notes
+        notes[key] = (weakref.ref(tensor, lambda _: notes.pop(key, None)), tensor._version, note)
 
-    def note_on(self, tensor: Any) -> Any:
+    def note_on(self, tensor: Tensor) -> Any:
+        """The note on this tensor, unless it was overwritten since."""
         entry = self._notes.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def is_probabilities(self, x: Any) -> bool:
-        """Whether x is known to hold attention weights."""
-        return bool(self.note_on(x) == PROBABILITIES)
+        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+            return None
+        return entry[2]
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found += _tensors(value)
-    return found
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a value of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import _spellings as spell
+from ._handlers import attention_weights
 from ._linear import LINEAR, convolution, expected_losses
 from .rules import Attention, Gradient, Identity, Norm, Rule
 
 if TYPE_CHECKING:
-    from ._handlers import Arguments, Handler, Keywords
+    from ._handlers import Arguments, Handler, Keywords, RuledLinear
     from ._mode import RelevanceMode
 
-__all__ = ["Attribution", "Observer", "Operation"]
+__all__ = ["Attribution", "Observer", "Operation", "hookable_modules"]
 
 # Reason of a loss -> how much
 Losses = dict[str, float]
@@ -64,7 +65,8 @@ class Attribution:
     layers : dict
         Module name -> relevance of its output, in the shape of its output; summed over calls of equal shape.
     heads : dict
-        Module name -> (B,H,N), relevance of the attention output per head and token, of the module's last call.
+        Module name -> (B,H,N), relevance of the attention output per head and token, of the module's last call. A product
+        of attention weights and values with three dimensions, (B*H,N,d), is taken apart into samples and heads.
     conservation : list of Operation
         In the order of execution. Expected losses: ``sum R eps / (|y| + eps) + sum_o b_o S_o`` with ``S = R / stab(y)`` for
         the epsilon rule (eps = 0: the gradient), ``sum b g`` for norms, ``sum c g`` for the addition of a constant c, and
@@ -123,20 +125,28 @@ def _relevance(x: Tensor, g: Tensor) -> Tensor:
     return torch.where(g == 0, 0.0, x.double() * g.double())
 
 
+def hookable_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The named modules that Python runs: those of a script take no hooks."""
+    return [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.RecursiveScriptModule)]
+
+
 class Observer:
     """Watches the operations and modules of one forward and backward pass; active inside ``with``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: int) -> None:
         self._model = model
+        self._batch = batch
+        # Names of the running modules, and how many operations there were before each.
         self._stack: list[str] = []
+        self._starts: list[int] = []
         self._hooks: list[Any] = []
         self._records: list[Operation] = []
         self._layers: dict[str, Tensor] = {}
         self._heads: dict[str, Tensor] = {}
 
     def __enter__(self) -> Observer:
-        for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_pre_hook(lambda _, __, name=name: self._stack.append(name)))
+        for name, module in hookable_modules(self._model):
+            self._hooks.append(module.register_forward_pre_hook(lambda _, __, name=name: self._enter(name)))
             self._hooks.append(
                 module.register_forward_hook(lambda _, __, out, name=name: self._leave(name, out), always_call=True)
             )
@@ -149,9 +159,14 @@ class Observer:
     def report(self, relevance: Any, output: Tensor, score: Tensor) -> Attribution:
         return Attribution(relevance, output, score, self._layers, self._heads, self._records)
 
+    def _enter(self, name: str) -> None:
+        self._stack.append(name)
+        self._starts.append(len(self._records))
+
     def _leave(self, name: str, output: Any) -> None:
         if self._stack:
             self._stack.pop()
+            self._starts.pop()
         first = output
         if not isinstance(output, Tensor):
             values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else []
@@ -164,6 +179,17 @@ class Observer:
         is_sum = before is not None and before.shape == relevance.shape
         self._layers[name] = before + relevance if is_sum and before is not None else relevance
 
+    def watch_module(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """run(x), one operation in the place of all that the running module is made of."""
+        if _is_running_again():
+            return run(x)
+        del self._records[self._starts[-1] :]
+        record = Operation("activation", self._stack[-1])
+        self._records.append(record)
+        out = run(_Probe.apply(x, record))
+        _on_gradient(out, lambda y, g: self._finish(record, lambda g, y: {}, False, y, g))
+        return out
+
     def watching(self, handler: Handler, kind: str) -> Handler:
         """The handler, with a record of every call that relevance goes through."""
 
@@ -174,10 +200,10 @@ class Observer:
                 return handler(mode, func, args, kwargs)
             record = Operation(kind, self._stack[-1] if self._stack else "")
             expected = _expectation(mode, kind, func, args, kwargs)
-            is_attention = kind == "attention" or (
-                kind == "product" and any(map(mode.is_probabilities, _flat((args, kwargs))))
-            )
+            is_attention = kind == "attention" or (kind == "product" and _has_attention_weights(mode, func, (args, kwargs)))
             out = handler(mode, func, *_probed(mode, record, args, kwargs))
+            if kind == "product" and mode.note_on(out) is not None:
+                expected = _expected_of_ruled(mode.note_on(out))
             if isinstance(out, Tensor) and out.requires_grad:
                 self._records.append(record)
                 _on_gradient(out, lambda y, g: self._finish(record, expected, is_attention, y, g))
@@ -189,7 +215,9 @@ class Observer:
         relevance = _relevance(y, g)
         record.relevance_out += relevance.sum().item()
         record.expected = expected(g, y)
-        if is_attention and y.ndim == 4:
+        if is_attention and y.ndim == 3 and y.shape[0] % self._batch == 0:
+            relevance = relevance.unflatten(0, (self._batch, -1))
+        if is_attention and relevance.ndim == 4:
             self._heads[record.module] = relevance.sum(-1).to(y.dtype)
 
 
@@ -250,7 +278,7 @@ def _expectation(mode: RelevanceMode, kind: str, func: Any, args: Arguments, kwa
     if kind == "addition":
         return _expected_of_addition(mode, func, args, kwargs)
     if kind == "product":
-        return _expected_of_product(mode, func, args, kwargs)
+        return _expected_of_product(mode, args, kwargs)
     if kind == "softmax":
         x, dim = get(0, "input"), get(1, "dim")
         value = x.detach().clone()
@@ -277,16 +305,22 @@ def _expected_of_addition(mode: RelevanceMode, func: Any, args: Arguments, kwarg
     return lambda g, y: {"constant": ((y.double() - sign * carrier.double()) * g.double()).sum().item()}
 
 
-def _expected_of_product(mode: RelevanceMode, func: Any, args: Arguments, kwargs: Keywords) -> Expectation:
-    tensors = [x for x in _flat((args, kwargs)) if isinstance(x, Tensor)]
-    carrying = sum(map(mode.carries, tensors))
-    rule: Rule = mode.rule("linear", tensors[0])
-    if carrying >= 2:
-        is_shared = not isinstance(mode.rule("attention"), Gradient)
-        return lambda g, y: {} if is_shared else None
-    if func not in spell.PRODUCT or tensors[-1].ndim != 2 or isinstance(rule, Gradient):
-        return lambda g, y: {}
-    return lambda g, y: expected_losses(rule, LINEAR, g, None, y)
+def _has_attention_weights(mode: RelevanceMode, func: Any, values: Any) -> bool:
+    """Whether this is a product of attention weights and values, not their multiplication by a constant."""
+    carrying, is_matrix = [x for x in _flat(values) if mode.carries(x)], func not in spell.MULTIPLICATION
+    return (is_matrix or len(carrying) > 1) and attention_weights(carrying, is_matrix) is not None
+
+
+def _expected_of_product(mode: RelevanceMode, args: Arguments, kwargs: Keywords) -> Expectation:
+    """Of two activations, or of one and a constant that leaves it its gradient."""
+    is_shared = sum(map(mode.carries, _flat((args, kwargs)))) < 2 or not isinstance(mode.rule("attention"), Gradient)
+    return lambda g, y: {} if is_shared else None
+
+
+def _expected_of_ruled(call: RuledLinear) -> Expectation:
+    """Of an activation and a weight."""
+    rule, operation = call.rule, call.operation
+    return lambda g, y: expected_losses(rule, operation, g, None, y)
 
 
 def _kept_by_softmax(x: Tensor, y: Tensor, g: Tensor, dim: int) -> float:

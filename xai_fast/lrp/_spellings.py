@@ -18,13 +18,14 @@ __all__ = [
     "DENOMINATOR",
     "DIVISION",
     "DROPOUT",
+    "INNER",
     "IN_PLACE",
     "MULTIPLICATION",
     "OPENED",
     "POWER",
     "PRODUCT",
-    "SHAPE",
     "SOFTMAX",
+    "TENSORDOT",
     "TRANSPOSED_CONVOLUTION",
 ]
 
@@ -39,7 +40,9 @@ def _named(*names: str, owners: Iterable[Any] = (torch, Tensor, F)) -> Functions
 CONVOLUTION = _named("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVOLUTION = _named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
-PRODUCT = _named("matmul", "bmm", "mm", "__matmul__", "__rmatmul__")
+PRODUCT = _named("matmul", "bmm", "mm", "__matmul__", "__rmatmul__", owners=(torch, Tensor, torch.linalg))
+INNER = _named("inner", "mv", "dot")
+TENSORDOT: Functions = frozenset({torch.tensordot, torch.functional.tensordot})
 MULTIPLICATION = _named("mul", "multiply", "__mul__", "__rmul__", "mul_", "multiply_", "__imul__")
 DIVISION = _named(
     "div", "divide", "true_divide", "__truediv__", "__div__", "div_", "divide_", "true_divide_", "__itruediv__"
@@ -54,12 +57,6 @@ IN_PLACE = _named(
 )
 
 SOFTMAX = _named("softmax", "_softmax") | {torch.special.softmax}
-# What keeps attention weights what they are.
-SHAPE = _named(
-    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "swapaxes", "movedim", "unsqueeze", "squeeze"),
-    *("expand", "expand_as", "contiguous", "clone", "to", "type", "type_as", "float", "half", "bfloat16", "double"),
-    *("view_as", "reshape_as", "repeat_interleave"),
-)
 DROPOUT = _named(
     *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("feature_dropout", "native_dropout"),

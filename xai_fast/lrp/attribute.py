@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._interception import uncompiled
-from ._graph import unknown_step
+from ._graph import leaves_behind, unknown_step
 from ._inputs import Inputs
-from ._mode import RelevanceMode
-from ._report import Attribution, Observer
+from ._mode import RelevanceMode, tensors_of
+from ._report import Attribution, Observer, hookable_modules
 from ._target import first_tensor, select_score
 from .composite import Composite, as_composite
 from .rules import Rule
@@ -88,7 +88,8 @@ def attribute(
         "zplus" or "gamma" (that rule for linear and convolution, AttnLRP for the rest), a Composite, or one rule for
         all linear operations.
     additional_forward_args : optional
-        Further arguments of the model, not attributed: one, a tuple, or a mapping of keywords.
+        Further arguments of the model, not attributed: one, a tuple, or a mapping of keywords. They are constants, also
+        where they require grad.
     fallback : {None, "gradient"}
         What happens at operations without a rule: an error, or their own gradient.
     details : bool
@@ -102,7 +103,9 @@ def attribute(
     Raises
     ------
     TypeError, ValueError
-        One line that names the argument; an operation that no rule covers; dropout or batch norm in training mode.
+        One line that names the argument; an operation that no rule covers (under a rule for linear operations also a product
+        with a weight that it cannot be given to, as in ``torch.jit``); a score that depends on tensors that require grad and
+        are neither inputs nor the model's own; dropout or batch norm in training mode.
 
     Notes
     -----
@@ -123,9 +126,10 @@ def attribute(
     composite = as_composite(rule)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model), uncompiled():
         given = Inputs.of(inputs, additional_forward_args)
-        observer = Observer(model) if details else None
+        observer = Observer(model, given.batch) if details else None
         with observer or nullcontext():
             mode, output, score = _forward(model, given, target, composite, observer)
+            _check_sources(model, given, score)
             if fallback is None:
                 _check_complete(model, given, composite, mode, score)
             gradients = _backward(mode, given, score)
@@ -174,8 +178,8 @@ def _check_model(model: Any) -> None:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters that need no gradient: whatever requires grad then carries relevance, and weight gradients cost nothing."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """A model that needs no gradient: whatever requires grad then carries relevance, and weight gradients cost nothing."""
+    trained = {id(tensor): tensor for tensor in _own_tensors(model) if tensor.requires_grad and tensor.is_leaf}.values()
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -185,27 +189,57 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes or entries of such."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for value in vars(module).values():
+            for entry in value if type(value) in (tuple, list) else value.values() if type(value) is dict else (value,):
+                if isinstance(entry, Tensor):
+                    yield entry
+
+
+def _check_sources(model: nn.Module, given: Inputs, score: Tensor) -> None:
+    """Relevance ends at the inputs: what else requires grad would take a share of it."""
+    known = {id(leaf) for leaf in given.leaves()}
+    others = [leaf for leaf in leaves_behind(score.grad_fn) if id(leaf) not in known]
+    if others:
+        names = {id(parameter): f"parameter {name!r}" for name, parameter in model.named_parameters()}
+        what = names.get(id(others[0]), f"a tensor of shape {tuple(others[0].shape)}")
+        raise ValueError(
+            f"model: expected that only its inputs and parameters require grad, got a score with a graph to {what} as well; "
+            "detach what brings it there"
+        )
+
+
 def _check_complete(model: nn.Module, given: Inputs, composite: Composite, mode: RelevanceMode, score: Tensor) -> None:
-    step = unknown_step(score.grad_fn, mode.verified)
+    step = unknown_step(score.grad_fn, mode.verified, mode.ruled)
     if step is not None:
         where = _module_of_unknown_step(model, given, composite)
         raise ValueError(f"model: expected operations with a rule, got {step}{where}; fallback='gradient' uses its gradient")
 
 
 def _module_of_unknown_step(model: nn.Module, given: Inputs, composite: Composite) -> str:
-    """Runs the model again, and looks behind each module as it ends: the first with an unknown step holds it."""
+    """Runs the model again, and looks at each module as it ends: the first with an unknown step behind its output, and none
+    behind its inputs, holds it.
+    """
     mode = RelevanceMode(composite, model=model)
     found: list[str] = []
 
-    def look(name: str, output: Any) -> None:
-        tensors = output if isinstance(output, (tuple, list)) else [output]
-        roots = [t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None]
-        if not found and any(unknown_step(root, mode.verified) for root in roots):
+    def is_unknown(values: Any) -> bool:
+        roots = {t.grad_fn for t in tensors_of(values)} - {None}
+        return any(unknown_step(root, mode.verified, mode.ruled) for root in roots)
+
+    def look(name: str, inputs: Any, output: Any) -> None:
+        if not found and is_unknown(output) and not is_unknown(inputs):
             found.append(name)
 
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-        for name, module in model.named_modules()
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, name=name: look(name, (args, kwargs), output), with_kwargs=True
+        )
+        for name, module in hookable_modules(model)
     ]
     try:
         args, kwargs = given.prepare(mode)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .rules import Attention, Epsilon, Gamma, Gradient, Identity, Norm, Rule, ZPlus
+from .rules import Attention, Epsilon, Gamma, Gradient, Identity, Kind, Norm, Rule, ZPlus, is_gradient
 
 __all__ = ["COMPOSITES", "Composite", "as_composite"]
 
@@ -17,6 +17,8 @@ __all__ = ["COMPOSITES", "Composite", "as_composite"]
 _GRADIENT, _ATTENTION, _NORM, _IDENTITY = Gradient(), Attention(), Norm(), Identity()
 
 LayerKey = type[nn.Module] | str
+
+_LINEAR_KINDS: tuple[Kind, ...] = ("linear", "convolution")
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class Composite:
     name : str
         For messages and tables.
     linear, convolution : Rule
-        For F.linear and products with a weight matrix; for convolutions.
+        For F.linear and sums of products with a weight in any spelling of torch (matmul, bmm, einsum, tensordot ...); for
+        convolutions. A weight is a parameter, a view of one, or a constant matrix without batch dimensions. Other
+        constants are activations, whose product has its own gradient, like multiplication by a constant.
     attention, norm, activation : Rule
         For attention, fused or written out, and with it for every product of two tensors that depend on the input (halves,
         or their own gradients with ``Gradient()``); for layer, RMS and group norm and denominators; for functions of one
-        element.
+        element. Attention weights, the output of a softmax, stay attention weights when their entries are changed one by
+        one, selected, rearranged, joined or averaged, and in a matrix product when a weight has mixed them; after anything
+        else they are like other tensors.
     first : Rule, optional
         For linear operations that read the attributed input itself; otherwise they have the rule of their kind.
     layers : mapping
@@ -65,10 +71,18 @@ class Composite:
             _check_rule(getattr(self, kind), kind, {kind})
         if self.first is not None:
             _check_rule(self.first, "first", {"linear", "convolution"})
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"layers: expected a mapping of modules to rules, got {type(self.layers).__name__}")
         for key, rule in self.layers.items():
             if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
                 raise TypeError(f"layers: expected module types or names as keys, got {key!r}")
             _check_rule(rule, f"layers[{key!r}]", None)
+
+    def ruled_kinds(self) -> frozenset[Kind]:
+        """The kinds of linear operation that have, somewhere, a rule that is not their gradient."""
+        rules: list[tuple[Kind, Rule | None]] = [("linear", self.linear), ("convolution", self.convolution)]
+        rules += [(kind, rule) for kind in _LINEAR_KINDS for rule in (self.first, *self.layers.values())]
+        return frozenset(kind for kind, rule in rules if rule is not None and kind in rule.kinds and not is_gradient(rule))
 
     def rules_of_modules(self, model: nn.Module) -> dict[int, tuple[Rule, ...]]:
         """id of a module -> the rules of `layers` that match it, in their order."""

@@ -26,6 +26,7 @@ __all__ = [
     "WSquare",
     "ZBox",
     "ZPlus",
+    "is_gradient",
 ]
 
 Kind = Literal["linear", "convolution", "attention", "norm", "activation"]
@@ -82,6 +83,11 @@ class Epsilon(Rule):
 
     def __post_init__(self) -> None:
         _number(self.eps, "eps")
+
+
+def is_gradient(rule: Rule) -> bool:
+    """Whether this rule is the gradient of PyTorch at a linear operation."""
+    return isinstance(rule, Gradient) or rule == Epsilon(0.0)
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,8 @@ class Flat(Rule):
 class WSquare(Rule):
     """Shares by squared weight, ``w_io^2`` (Montavon et al. 2017); the squared bias takes its share. For the first layer.
 
+    zennit counts the bias like this too; ``ops.linear_relevance(rule="w^2")`` leaves it out.
+
     Examples
     --------
     >>> WSquare()
@@ -194,6 +202,11 @@ class ZBox(Rule):
 
     low and high are numbers, or tensors that broadcast against the input, such as (1, 3, 1, 1). For the first layer.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Bounds that are no finite numbers, low above high; when it is used, a bound that does not fit or hold for the input.
+
     Examples
     --------
     >>> ZBox(0.0, 1.0)
@@ -209,8 +222,13 @@ class ZBox(Rule):
     def __post_init__(self) -> None:
         _number(self.eps, "eps")
         for name in ("low", "high"):
-            if not isinstance(getattr(self, name), Tensor):
-                _number(getattr(self, name), name, least=-math.inf)
+            bound = getattr(self, name)
+            if not isinstance(bound, Tensor):
+                _number(bound, name, least=-math.inf)
+            elif not bool(bound.isfinite().all()):
+                raise ValueError(f"{name}: expected finite bounds, got inf or NaN")
+        if not isinstance(self.low, Tensor) and not isinstance(self.high, Tensor) and self.low > self.high:
+            raise ValueError(f"low: expected a bound of at most high = {self.high}, got {self.low}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .._dtypes import SUPPORTED
 
+# Larger weights and scales are infinite in float32, in which all but float64 is accumulated.
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
 HEAD_FUSIONS = ("mean", "sum", "max", "min")
 
 # The streamed CUDA kernels keep whole rows of q, k and v on the chip (kMaxDim in csrc/cuda); wider heads, which no common
@@ -23,24 +26,25 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
+def check_tensor(x: Any, name: str) -> None:
+    """TypeError unless x is a tensor, and a dense one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    # Neither sparse, nor nested, nor in the layout of a library.
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
 def check_float_tensor(x: Any, name: str) -> None:
-    """TypeError unless x is a tensor of a supported floating dtype."""
+    """TypeError unless x is a dense tensor of a supported floating dtype."""
     check_tensor(x, name)
     if x.dtype not in SUPPORTED:
         raise TypeError(f"{name}: expected a float32, float64, float16 or bfloat16 tensor, got {x.dtype}")
 
 
-def check_tensor(x: Any, name: str) -> None:
-    """TypeError unless x is a tensor, and not a sparse one."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got one of layout {x.layout}")
-
-
 def as_tensor(x: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Tensors as they are, or in that dtype; arrays, numbers and nested lists of numbers as tensors; else TypeError."""
-    x = from_numpy(x, name) if isinstance(x, np.ndarray) else x
+    x = from_array(x, name)
     if isinstance(x, Tensor):
         check_tensor(x, name)
     try:
@@ -55,14 +59,29 @@ def _told(x: Any) -> str:
     return type(x).__name__ + inside
 
 
+def from_array(x: Any, name: str) -> Any:
+    """A NumPy array, or what gives one, as a tensor; anything else as it is."""
+    return x if isinstance(x, Tensor) or not hasattr(x, "__array__") else from_numpy(np.asarray(x), name)
+
+
 def from_numpy(x: np.ndarray, name: str) -> Tensor:
-    """The array as a tensor; a copy only where torch cannot share it (read-only, reversed or byte-swapped memory)."""
+    """The array as a tensor; a copy only of memory that torch cannot share (reversed, byte-swapped, between its numbers)."""
     if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
         raise TypeError(f"{name}: expected an array of numbers, got dtype {x.dtype}")
-    if not x.dtype.isnative:
-        x = x.astype(x.dtype.newbyteorder("="))
-    shareable = x.flags.writeable and all(stride >= 0 for stride in x.strides)
-    return torch.from_numpy(x if shareable else x.copy())
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 or stride % x.itemsize for stride in x.strides):
+        x = x.copy()
+    # torch warns of what cannot be written to; nothing here writes to what callers own.
+    return torch.from_numpy(x if x.flags.writeable else np.asarray(_Writeable(x)))
+
+
+class _Writeable:
+    """The memory of an array that is marked as read-only."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        interface = array.__array_interface__
+        self.array = array
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
 def check_generator(generator: Any) -> None:
@@ -102,13 +121,34 @@ def as_number(x: Any) -> Any:
 def check_number(x: Any, name: str) -> float:
     """A finite number as a float."""
     if type(x) is not float:
-        x = as_number(x)
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-        x = float(x)
+        x = _as_float(x, name)
     if not abs(x) < math.inf:  # as the compiler can trace it
         raise ValueError(f"{name}: expected a finite number, got {x!r}")
     return x
+
+
+def _as_float(x: Any, name: str) -> float:
+    number = as_number(x)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number, got one beyond the range of a float") from None
+
+
+def is_whole(x: Any) -> bool:
+    """Whether x is an int of Python or NumPy, or an array or tensor without dimensions of one; no bool."""
+    if type(x) is int:
+        return True
+    number = as_number(x)
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def check_int(x: Any, name: str) -> int:
+    if not is_whole(x):
+        raise TypeError(f"{name}: expected an int, got {type(x).__name__}")
+    return int(x)
 
 
 def check_at_least_zero(x: Any, name: str, what: str = "a number") -> float:
@@ -137,10 +177,9 @@ def number_or_tensor(x: Any, name: str) -> Tensor:
 
 def check_count(x: Any, name: str, least: int = 1, most: int | None = None) -> int:
     """A whole number of at least `least` and at most `most`, as an int."""
-    if type(x) is not int:
-        x = as_number(x)
-    if isinstance(x, bool) or not isinstance(x, int):
+    if not is_whole(x):
         raise TypeError(f"{name}: expected a whole number, got {type(x).__name__}")
+    x = int(x)
     if x < least or (most is not None and x > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}: expected a whole number {wanted}, got {x}")
@@ -162,9 +201,17 @@ def check_seed(seed: Any) -> int:
     return check_count(seed, "seed", 0, 2**63 - 1)
 
 
-def check_residual(residual: Any) -> float:
-    """The residual weight as a float: finite and not negative."""
-    return check_at_least_zero(residual, "residual", "a weight")
+def check_residual(residual: Any, dtype: torch.dtype | None = None) -> float:
+    """The residual weight as a float: not negative, and finite in the type in which `dtype` is accumulated."""
+    value = check_at_least_zero(residual, "residual", "a weight")
+    return check_fits(value, "residual", dtype) if value > LARGEST_FLOAT32 else value
+
+
+def check_fits(value: float, name: str, dtype: torch.dtype | None) -> float:
+    """A number that is finite in the type in which `dtype` is accumulated; None: that type is not known yet."""
+    if abs(value) > LARGEST_FLOAT32 and dtype is not None and dtype != torch.float64:
+        raise ValueError(f"{name}: expected a number that float32 can hold, got {value!r}")
+    return value
 
 
 def check_like(x: Any, name: str, shape: tuple[int, ...], like: Tensor) -> None:
@@ -217,6 +264,7 @@ def check_mask(mask: Any, query: Tensor, keys: int) -> Tensor:
     """The mask with four dimensions, still broadcastable to (B, H, Nq, Nk)."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    check_tensor(mask, "attn_mask")
     if mask.dtype != torch.bool:
         check_float_tensor(mask, "attn_mask (not boolean)")
     check_same_device(mask, "attn_mask", query.device)
@@ -228,8 +276,8 @@ def check_mask(mask: Any, query: Tensor, keys: int) -> Tensor:
     return mask.reshape(shape) if mask.dim() != 4 else mask
 
 
-def check_scale(scale: Any) -> float | None:
-    return None if scale is None else check_number(scale, "scale")
+def check_scale(scale: Any, dtype: torch.dtype | None = None) -> float | None:
+    return None if scale is None else check_fits(check_number(scale, "scale"), "scale", dtype)
 
 
 def check_lse(lse: Any, query: Tensor) -> None:

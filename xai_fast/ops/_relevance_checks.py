@@ -45,7 +45,7 @@ def check_lam(lam: Any) -> float:
 def check_bound(bound: Any, name: str, x: Tensor) -> Tensor:
     if bound is None:
         raise ValueError(f"{name}: the z_box rule needs the bounds low and high of the input, got None")
-    tensor = bound if isinstance(bound, Tensor) else torch.tensor(check.check_number(bound, name))
+    tensor = bound if isinstance(bound, Tensor) else torch.tensor(check.check_number(bound, name), dtype=torch.float64)
     tensor = tensor.to(x)
     try:
         tensor.expand(x.shape)
@@ -54,6 +54,25 @@ def check_bound(bound: Any, name: str, x: Tensor) -> Tensor:
             f"{name}: expected a shape that broadcasts to {check.shape_of(x)}, got {check.shape_of(tensor)}"
         ) from None
     return tensor
+
+
+def check_bounds(low: Any, high: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds as tensors, finite and with low <= x <= high up to rounding. Values are not looked at while x is traced."""
+    lowest, highest = check_bound(low, "low", x), check_bound(high, "high", x)
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        return lowest, highest
+    for name, bound in (("low", lowest), ("high", highest)):
+        if not bool(bound.isfinite().all()):
+            raise ValueError(f"{name}: expected finite bounds, got inf or NaN")
+    if bool((lowest > highest).any()):
+        raise ValueError("low: expected bounds of at most high, got larger ones")
+    # Bounds and inputs that were normalised apart differ in their last digits.
+    slack = 4 * torch.finfo(x.dtype).eps * torch.maximum(lowest.abs(), highest.abs())
+    if bool((x < lowest - slack).any()):
+        raise ValueError(f"low: expected bounds of at most x, got one {(lowest - x).max().item():.3g} above it")
+    if bool((x > highest + slack).any()):
+        raise ValueError(f"high: expected bounds of at least x, got one {(x - highest).max().item():.3g} below it")
+    return lowest, highest
 
 
 def check_value(value: Any, name: str, batch: int, heads: int, keys: int, like: Tensor) -> None:
@@ -89,4 +108,4 @@ def attention_options(
         check.check_like(output, "output", shape, query)
     if attn_mask is not None:
         attn_mask = check.check_mask(attn_mask, query, key.shape[2])
-    return output, attn_mask, check.check_scale(scale), bool(is_causal), check_lam(lam), check_eps(eps)
+    return output, attn_mask, check.check_scale(scale, query.dtype), bool(is_causal), check_lam(lam), check_eps(eps)

@@ -216,8 +216,17 @@ def targeted_rows(
         check.check_lse(lse, query)
     if head_fusion not in ("mean", "sum"):
         raise ValueError(f"head_fusion: expected 'mean' or 'sum', got {head_fusion!r}")
-    options = (attn_mask, lse, relevance_out, output, check.check_scale(scale), bool(is_causal), head_fusion, bool(clamp))
-    numbers = (check.check_residual(residual), bool(normalize), rules.check_lam(lam), rules.check_eps(eps))
+    options = (
+        attn_mask,
+        lse,
+        relevance_out,
+        output,
+        check.check_scale(scale, query.dtype),
+        bool(is_causal),
+        head_fusion,
+        bool(clamp),
+    )
+    numbers = (check.check_residual(residual, query.dtype), bool(normalize), rules.check_lam(lam), rules.check_eps(eps))
     if _too_wide(query, value):
         return reference.targeted_rows(query, key, value, grad_out, rows, *options, *numbers)
     return _targeted_rows(query, key, value, grad_out, rows, *options, *numbers)

@@ -153,7 +153,8 @@ def softmax_relevance(logits: Tensor, probs: Tensor, relevance: Tensor, *, rule:
     ----------
     logits, probs, relevance : Tensor, shape (..., N)
         Input x (after scale and mask), output A and its relevance. Logits of -inf, or the lowest finite float that models
-        write for it (anything up to -1.7e38), get 0.
+        write for it (anything up to -1.7e38), get 0. The lowest float16, -65504, is a number like any other: it gets
+        -65504 R where its R is not 0.
     rule : {"taylor", "identity"}
         ``taylor`` does not conserve over x: what is left belongs to the bias of the expansion. ``identity`` conserves.
 
@@ -340,7 +341,7 @@ def linear_relevance(
     alpha, beta : float
         alpha - beta = 1, beta at least 0.
     low, high : float or Tensor
-        Bounds of the input for z_box, broadcastable to x.
+        Bounds of the input for z_box, finite and broadcastable to x, with low <= x <= high up to rounding.
 
     Returns
     -------
@@ -350,10 +351,12 @@ def linear_relevance(
     ------
     TypeError, ValueError
         Not tensors, unsupported or mixed dtypes, wrong shapes, mixed devices, an unknown rule, alpha - beta other than 1,
-        bounds that are missing or do not hold for x, a negative eps or gamma.
+        bounds that are missing or do not hold for x (not looked at while compiling), a negative eps or gamma.
 
     Notes
     -----
+    The rule w^2 leaves the bias out; :class:`xai_fast.lrp.WSquare` gives the squared bias its share, as zennit does.
+
     Source: epsilon and alpha-beta, Bach et al. (2015), eq. 58 and 60; z+, w^2 and z_box, Montavon et al. (2017), "Explaining
     nonlinear classification decisions with deep Taylor decomposition"; flat, Lapuschkin et al. (2019); gamma, Montavon et
     al. (2019), generalised to inputs of both signs.
@@ -378,7 +381,7 @@ def linear_relevance(
     rule = rules.check_linear_rule(rule)
     eps, gamma = rules.check_eps(eps), check.check_at_least_zero(gamma, "gamma")
     alpha, beta = rules.check_alpha_beta(alpha, beta)
-    bounds = (rules.check_bound(low, "low", x), rules.check_bound(high, "high", x)) if rule == "zbox" else (None, None)
+    bounds = rules.check_bounds(low, high, x) if rule == "zbox" else (None, None)
     return _linear_relevance(x, weight, bias, relevance, rule, eps, gamma, alpha, beta, *bounds)
 
 

@@ -103,7 +103,7 @@ def rollout_rows(
     shape = attention.shape
     check.check_rows(rows, shape[0], shape[2], attention)
     check.check_head_fusion(head_fusion)
-    residual = check.check_residual(residual)
+    residual = check.check_residual(residual, attention.dtype)
     return _rollout_rows(attention, rows, head_fusion, residual, bool(normalize))
 
 
@@ -148,7 +148,7 @@ def fuse_heads(
     """
     check.check_attention(attention)
     check.check_head_fusion(head_fusion)
-    residual = check.check_residual(residual)
+    residual = check.check_residual(residual, attention.dtype)
     return _fuse_heads(attention, head_fusion, residual, bool(normalize), bool(wide))
 
 
@@ -247,8 +247,8 @@ def rollout_rows_qk(
     if _C is None or torch.compiler.is_compiling() or not _C.is_usual_streamed(query, key, rows):
         _check_streamed(query, key, rows)
     check.check_head_fusion(head_fusion)
-    residual = check.check_residual(residual)
-    scale = check.check_scale(scale)
+    residual = check.check_residual(residual, query.dtype)
+    scale = check.check_scale(scale, query.dtype)
     if attn_mask is not None:
         attn_mask = check.check_mask(attn_mask, query, query.shape[2])
     if lse is not None:
@@ -296,5 +296,6 @@ def attention_probabilities(
     check.check_query_key(query, key)
     if attn_mask is not None:
         attn_mask = check.check_mask(attn_mask, query, key.shape[2])
-    out = reference.attention_probabilities(query, key, attn_mask, None, check.check_scale(scale), bool(is_causal))
+    scale = check.check_scale(scale, query.dtype)
+    out = reference.attention_probabilities(query, key, attn_mask, None, scale, bool(is_causal))
     return out.to(query.dtype)

@@ -227,3 +227,12 @@ def test_real_dinov2() -> None:
     found = token_norms(model, images)
     torch.testing.assert_close(found.norms, torch.stack(_states(model, images)[1:]).norm(dim=-1), rtol=1e-5, atol=0)
     assert found.norms.shape == (12, 1, 65)
+
+
+def test_hidden_states_that_need_a_closer_look() -> None:
+    states = torch.randn(2, 3, 4)
+    for same in (states.numpy()[..., ::-1], states.numpy().astype(">f4")):
+        torch.testing.assert_close(token_norms(same), states.norm(dim=-1))
+    for empty, name in ((torch.zeros(2, 3, 0), "hidden_states"), ([torch.zeros(2, 3, 0)], r"hidden_states\[0\]")):
+        with pytest.raises(ValueError, match=f"^{name}: expected .*D of at least 1, got"):
+            token_norms(empty)

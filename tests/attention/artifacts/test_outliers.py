@@ -274,3 +274,9 @@ def test_rollout_errors() -> None:
         clean_rollout(attentions, mask, how="neighbours")
     with pytest.raises(ValueError, match="outliers: expected a mask of shape"):
         clean_rollout(attentions, mask[:5])
+
+
+@pytest.mark.parametrize("how", ["drop", "neighbours"])
+def test_clean_rollout_names_attentions_that_are_none(how: str) -> None:
+    with pytest.raises(TypeError, match="attentions: expected a sequence of tensors or one tensor, got NoneType"):
+        clean_rollout(None, torch.zeros(1, 4, dtype=torch.bool), how=how, grid=(2, 2))

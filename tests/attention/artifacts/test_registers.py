@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,3 +318,12 @@ def test_real_dinov2_keeps_its_shape() -> None:
     with artifacts.test_time_registers(model, neurons=find_register_neurons(model, images, mask)):
         assert model(images).last_hidden_state.shape == plain.shape
     assert torch.equal(model(images).last_hidden_state, plain)
+
+
+def test_neurons_that_are_no_sequence_and_numbers_of_numpy() -> None:
+    layer = torch.nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2).eval()
+    with pytest.raises(TypeError, match=r"neurons: expected a sequence of RegisterNeuron or .*, got int"):
+        artifacts.test_time_registers(model, neurons=5).__enter__()
+    with artifacts.test_time_registers(model, neurons=[(np.int64(0), np.int64(3))]) as chosen:
+        assert [(type(n.layer), n.layer, n.neuron) for n in chosen] == [(int, 0, 3)]

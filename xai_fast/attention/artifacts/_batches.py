@@ -173,7 +173,7 @@ def _groups(groups: Any) -> tuple[Tensor, tuple[str, ...]]:
 
 def _tensor(x: Any, name: str) -> Tensor:
     if isinstance(x, (Tensor, np.ndarray)):
-        return torch.as_tensor(x)
+        return check.from_array(x, name)
     raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
 
 

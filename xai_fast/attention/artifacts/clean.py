@@ -13,7 +13,7 @@ from ..._dtypes import accumulate_dtype
 from ...ops import _checks as check
 from ...ops.rollout import fuse_heads, rollout_rows
 from ..record import AttentionRecord
-from ..rollout import Token, attention_rollout, finish, start_rows, token_indices
+from ..rollout import Token, as_layers, attention_rollout, finish, start_rows, token_indices
 from .outliers import Outliers, as_mask
 
 __all__ = ["clean_rollout"]
@@ -91,7 +91,8 @@ def clean_rollout(
 
 def _dropped(attentions: Any, mask: Tensor, token: Token, head_fusion: str, residual: float) -> Tensor:
     rows: Tensor | None = None
-    count = len(attentions.layers) if isinstance(attentions, AttentionRecord) else len(attentions)
+    attentions = attentions if isinstance(attentions, AttentionRecord) else as_layers(attentions)
+    count = len(attentions.layers if isinstance(attentions, AttentionRecord) else attentions)
     if not count:
         raise ValueError("attentions: expected at least one layer, got none")
     for layer in reversed(range(count)):
@@ -99,7 +100,6 @@ def _dropped(attentions: Any, mask: Tensor, token: Token, head_fusion: str, resi
         attention = (
             attentions.attentions(layers=[layer])[0] if isinstance(attentions, AttentionRecord) else attentions[layer]
         )
-        attention = torch.as_tensor(attention)
         check.check_attention(attention, f"attentions[{layer}]")
         batch, _, tokens, _ = attention.shape
         kept = ~_for_layer(mask, layer, count, batch, tokens).to(attention.device)

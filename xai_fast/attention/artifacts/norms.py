@@ -121,10 +121,11 @@ def token_norms(
 
 def _of_states(states: Any) -> Tensor:
     if isinstance(states, (Tensor, np.ndarray)):
-        hidden = torch.as_tensor(states)
+        hidden = check.from_array(states, "hidden_states")
         check.check_float_tensor(hidden, "hidden_states")
-        if hidden.dim() not in (3, 4):
-            raise ValueError(f"hidden_states: expected (B, T, D) or (L, B, T, D), got shape {check.shape_of(hidden)}")
+        if hidden.dim() not in (3, 4) or not hidden.shape[-1]:
+            wanted = "(B, T, D) or (L, B, T, D) with D of at least 1"
+            raise ValueError(f"hidden_states: expected {wanted}, got shape {check.shape_of(hidden)}")
         return row_norms(hidden)
     if not isinstance(states, Sequence) or isinstance(states, str):
         raise TypeError(f"hidden_states: expected a model, a tensor or a sequence of tensors, got {type(states).__name__}")
@@ -135,11 +136,11 @@ def _of_states(states: Any) -> Tensor:
         )
     found = []
     for number, state in enumerate(states):
-        hidden = torch.as_tensor(state) if isinstance(state, np.ndarray) else state
         name = f"hidden_states[{number}]"
+        hidden = check.from_array(state, name) if isinstance(state, np.ndarray) else state
         check.check_float_tensor(hidden, name)
-        if hidden.dim() != 3:
-            raise ValueError(f"{name}: expected shape (B, T, D), got {check.shape_of(hidden)}")
+        if hidden.dim() != 3 or not hidden.shape[-1]:
+            raise ValueError(f"{name}: expected shape (B, T, D) with D of at least 1, got {check.shape_of(hidden)}")
         found.append(row_norms(hidden))
     return _stack(found, [f"hidden_states[{number}]" for number in range(len(found))])
 

@@ -247,7 +247,7 @@ def _as_norms(norms: Any) -> Tensor:
     """In float32 at least, (L, B, T), (B, T) or (T,)."""
     values = norms.norms if isinstance(norms, TokenNorms) else norms
     if isinstance(values, np.ndarray):
-        values = torch.as_tensor(values)
+        values = check.from_array(values, "norms")
     check.check_float_tensor(values, "norms")
     if not 1 <= values.dim() <= 3:
         raise ValueError(f"norms: expected shape (L, B, T), (B, T) or (T,), got {check.shape_of(values)}")

@@ -262,14 +262,14 @@ def _highest(scores: dict[int, Tensor], top: int) -> list[RegisterNeuron]:
 
 
 def _as_neurons(neurons: Any, layers: int) -> tuple[RegisterNeuron, ...]:
+    if neurons is not None and not isinstance(neurons, Iterable):
+        raise TypeError(f"neurons: expected a sequence of RegisterNeuron or (layer, neuron), got {type(neurons).__name__}")
     chosen = []
     for entry in neurons if neurons is not None else ():
         if not isinstance(entry, tuple) or len(entry) not in (2, 3):
             raise TypeError(f"neurons: expected (layer, neuron) or RegisterNeuron, got an entry {entry!r}")
-        neuron = RegisterNeuron(*entry)
-        check.check_count(neuron.layer, "neurons: layer", 0, layers - 1)
-        check.check_count(neuron.neuron, "neurons: neuron", 0)
-        chosen.append(neuron)
+        layer = check.check_count(entry[0], "neurons: layer", 0, layers - 1)
+        chosen.append(RegisterNeuron(layer, check.check_count(entry[1], "neurons: neuron", 0), *entry[2:]))
     return tuple(chosen)
 
 
