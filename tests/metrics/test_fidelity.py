@@ -373,7 +373,7 @@ def test_scores_of_classes_and_of_probabilities() -> None:
         ({"generator": 3}, "generator: expected a torch.Generator"),
         ({"forward": lambda x: x[:, 0]}, "forward: expected class scores"),
         ({"forward": lambda x: x[:, :0]}, "forward: expected outputs of shape"),
-        ({"inputs": torch.zeros(B, F).to_sparse()}, "inputs: expected a dense tensor, got one of layout"),
+        ({"inputs": torch.zeros(B, F).to_sparse()}, "inputs: expected a dense tensor, got torch.sparse_coo"),
         ({"attributions": torch.zeros(B, F).to_sparse()}, "attributions.*: expected a dense tensor"),
         ({"labels": "cat"}, "labels: expected a torch.Tensor or numbers, got str"),
         ({"labels": 0.5}, "labels: expected whole class numbers"),
