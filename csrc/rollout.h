@@ -49,27 +49,6 @@ struct FuseHeads {
 void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end);  // items: the B*N rows
 const char* launch_fuse_heads(const FuseHeads& p, void* stream);
 
-// ---- full form: one layer of the product -----------------------------------------------------------------------------
-//   out[b] = Abar[b] M[b], or Abar[b] where there is no M
-// The CPU multiplies a group of rows of Abar while it fetches and fuses the next group, so that reading the attention hides
-// behind the product. Between layers the matrices lie in panels (B, panels, N, panel_columns).
-struct MatrixStep {
-  View4 attention;     // (B,H,N,N) of `dtype`, column stride 1
-  const void* matrix;  // panels, accumulate type; or null
-  void* out;           // panels or (B,N,N), accumulate type
-  int64_t batch, heads, tokens;
-  bool out_in_panels;
-  double residual;
-  bool normalize;
-  Fusion fusion;
-  Dtype dtype;
-};
-struct MatrixPlan {
-  int64_t items, panels, panel_columns;
-};
-MatrixPlan matrix_plan_cpu(const MatrixStep& p);
-void matrix_step_cpu(const MatrixStep& p, int64_t begin, int64_t end);  // items: groups of rows
-
 // ---- row step, streamed from q and k -------------------------------------------------------------------------------------
 //   out[b,r,:] = w c[b,r,:] + sum_i c[b,r,i] fuse_h P[b,h,i,:],     c[b,r,i] = rows_factor rows[b,r,i],   Nq = Nk = N
 // mean and sum: the caller has divided by the row sums of Abar, which are known before any score is computed (in rows_factor

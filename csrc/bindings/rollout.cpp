@@ -69,39 +69,6 @@ Tensor fuse_heads(const Tensor& attention_in, const std::string& head_fusion, do
   return out;
 }
 
-// Abar^L ... Abar^1 (B,N,N) in the accumulate type; CPU only.
-Tensor rollout_product(const std::vector<Tensor>& attentions, const std::string& head_fusion, double residual,
-                       bool normalize) {
-  TORCH_CHECK_VALUE(!attentions.empty(), "attentions: expected at least one layer");
-  const Tensor& first = attentions.front();
-  check_square_4d(first, "attentions");
-  std::vector<Tensor> layers;
-  for (const Tensor& layer : attentions) {
-    check_tensor(layer, first.sizes(), first.scalar_type(), first, "attentions");
-    TORCH_CHECK_VALUE(layer.is_cpu(), "attentions: expected CPU tensors, got ", layer.device());
-    layers.push_back(with_unit_columns(layer));
-  }
-  const int64_t batch = first.size(0), heads = first.size(1), tokens = first.size(2);
-  MatrixStep p{
-      {}, nullptr, nullptr, batch, heads, tokens, true, residual, normalize, fusion_of(head_fusion), dtype_of(first)};
-  const MatrixPlan plan = matrix_plan_cpu(p);
-  const auto options = first.options().dtype(accumulate_type(first));
-  const Tensor out = at::empty({batch, tokens, tokens}, options);
-  Tensor matrix, following;  // in panels
-  for (Tensor* const buffer : {&matrix, &following})
-    *buffer = at::empty({batch, plan.panels, tokens, plan.panel_columns}, options);
-  const pybind11::gil_scoped_release release;
-  for (size_t layer = 0; layer < layers.size(); ++layer) {
-    p.attention = view_of(layers[layer]);
-    p.matrix = layer > 0 ? matrix.const_data_ptr() : nullptr;
-    p.out_in_panels = layer + 1 < layers.size();
-    p.out = (p.out_in_panels ? following : out).mutable_data_ptr();
-    parallel(plan.items, double(layers[layer].numel()), [&](int64_t i, int64_t j) { matrix_step_cpu(p, i, j); });
-    std::swap(matrix, following);
-  }
-  return out;
-}
-
 // ---- streamed from q and k -------------------------------------------------------------------------------------------
 
 // 1 / the row sum of w I + fuse_h P for mean and sum without a mask, where every head adds 1; 0 for an empty row.
@@ -182,7 +149,6 @@ Tensor rollout_rows_qk(const Tensor& query_in, const Tensor& key_in, const Tenso
 void bind_rollout(pybind11::module_& m) {
   bind_op(m, "rollout_rows", &rollout_rows);
   bind_op(m, "fuse_heads", &fuse_heads);
-  bind_op(m, "rollout_product", &rollout_product);
   bind_op(m, "rollout_rows_qk", &rollout_rows_qk);
 }
 

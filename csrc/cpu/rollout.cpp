@@ -8,8 +8,6 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "blocks.h"
 #include "simd.h"
@@ -25,9 +23,6 @@ int64_t slots_for(int64_t batch, int64_t pieces) {
   const int64_t wanted = (kSlotsWanted + batch - 1) / std::max<int64_t>(batch, 1);
   return std::max<int64_t>(1, std::min({wanted, kSlotsMost, pieces}));
 }
-
-// Rows of a group of the matrix step: a multiple of every body's register tile. Small, so that few are read unhidden.
-constexpr int64_t kGroupRows = 24;
 
 // Rows of the score block: a multiple of every body's register tile.
 constexpr int64_t kQueryBlock = 24;
@@ -68,16 +63,15 @@ struct Bodies {
   void (*row_step)(const RowStep&, int64_t, int64_t);
   void (*add_slots)(const RowStep&, int64_t, int64_t);
   void (*fuse_heads)(const FuseHeads&, int64_t, int64_t);
-  void (*matrix_step)(const MatrixStep&, int64_t, int64_t);
   void (*prepare)(const StreamedRowStep&);
   void (*pack)(const StreamedRowStep&, int64_t, int64_t, int64_t);
   void (*step)(const StreamedRowStep&, int64_t, int64_t, int64_t);
   void (*reduce)(const StreamedRowStep&, int64_t, int64_t);
 };
 
-#define XAI_BODIES(ISA)                                                             \
-  {ISA::row_step,         ISA::add_slots,     ISA::fuse_heads,    ISA::matrix_step, \
-   ISA::streamed_prepare, ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce}
+#define XAI_BODIES(ISA)                                                                \
+  {ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,     ISA::streamed_prepare, \
+   ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce}
 
 #define XAI_BODY_FILE "rollout.inc"
 #include "bodies.inc"
@@ -91,13 +85,6 @@ void row_step_cpu(const RowStep& p, int64_t begin, int64_t end) { bodies().row_s
 void add_slots_cpu(const RowStep& p, int64_t begin, int64_t end) { bodies().add_slots(p, begin, end); }
 
 void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end) { bodies().fuse_heads(p, begin, end); }
-
-MatrixPlan matrix_plan_cpu(const MatrixStep& p) {
-  const int64_t width = panel_columns_of(accumulate_bytes(p.dtype));
-  return {p.batch * pieces_of(p.tokens, kGroupRows), pieces_of(p.tokens, width), width};
-}
-
-void matrix_step_cpu(const MatrixStep& p, int64_t begin, int64_t end) { bodies().matrix_step(p, begin, end); }
 
 StreamPlan streamed_plan_cpu(const StreamedRowStep& p) {
   const StreamLayout layout(p);

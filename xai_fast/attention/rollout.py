@@ -13,7 +13,7 @@ from torch import Tensor
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
 from ..ops._library import outside_autocast
-from ..ops.rollout import MANY_ROWS, fuse_heads, rollout_product, rollout_rows
+from ..ops.rollout import MANY_ROWS, fuse_heads, rollout_rows
 
 Token = int | Sequence[int] | Tensor | np.ndarray | None
 
@@ -222,9 +222,7 @@ def attention_rollout(
 
     wanted = layers[start_layer:]
     many = indices is None or len(indices) >= MANY_ROWS
-    if indices is None and discard_ratio == 0:
-        rows = rollout_product(wanted, **options)
-    elif many or discard_ratio > 0:
+    if many or discard_ratio > 0:
         rows = _product_of_matrices(wanted, indices, batch, tokens, discard_ratio, options)
     else:
         rows = _product_of_rows(wanted, indices, batch, tokens, options)

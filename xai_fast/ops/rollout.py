@@ -8,7 +8,6 @@ on the left, Abar^L ... Abar^1; a row of that product needs only ``r <- r Abar^l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from .. import _backend
 from ..reference import rollout as reference
 from . import _checks as check
-from ._library import Op, outside_autocast
+from ._library import Op
 
 # From this many rows on, the fused matrix and one GEMM beat a pass over the attention for every group of rows.
 MANY_ROWS = 24
@@ -150,25 +149,6 @@ def fuse_heads(
     check.check_head_fusion(head_fusion)
     residual = check.check_residual(residual, attention.dtype)
     return _fuse_heads(attention, head_fusion, residual, bool(normalize), bool(wide))
-
-
-@outside_autocast
-def rollout_product(layers: Sequence[Tensor], *, head_fusion: str, residual: float, normalize: bool) -> Tensor:
-    """``Abar^L ... Abar^1``, shape (B, N, N), in the accumulate type, of checked layers (B, H, N, N), first layer first.
-
-    On the CPU a layer is one pass: rows of the attention are fetched and fused while those before them are multiplied.
-    Gradients, traces and other devices take :func:`fuse_heads` and a matrix product for each layer.
-    """
-    options = (head_fusion, residual, normalize)
-    plain = _C is not None and not torch.compiler.is_compiling() and _C.callable_directly(tuple(layers))
-    if plain and layers[0].device.type == "cpu":
-        return _C.rollout_product(layers, *options)
-    product: Tensor | None = None
-    for layer in reversed(layers):
-        matrix = _fuse_heads(layer, *options, True)
-        product = matrix if product is None else torch.bmm(product, matrix)
-    assert product is not None
-    return product
 
 
 def _check_streamed(query: Any, key: Any, rows: Any) -> None:
