@@ -26,6 +26,8 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
         device = next(device for device in map(_device_type, args) if device)
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
@@ -57,14 +59,15 @@ class Op:
         """
         name = schema.split("(", 1)[0]
         self.reference = outside_autocast(reference)
-        if isinstance(kernel, FunctionType):  # made of torch's ops, which would record a gradient of their own
-            kernel = torch.no_grad()(outside_autocast(kernel))
-        self.kernel = kernel
+        self.kernel = registered = kernel
+        if isinstance(kernel, FunctionType):  # made of torch's ops, which below the overload would record a gradient
+            self.kernel = outside_autocast(kernel)
+            registered = torch.no_grad()(self.kernel)
         LIBRARY.define(schema)
         LIBRARY.impl(name, self._fallback, "CompositeExplicitAutograd")
-        if kernel is not None:
+        if registered is not None:
             for device in KERNEL_DEVICES:
-                LIBRARY.impl(name, kernel, device.upper())
+                LIBRARY.impl(name, registered, device.upper())
         torch.library.register_fake(f"xai_fast::{name}", fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.xai_fast, name).default
 
