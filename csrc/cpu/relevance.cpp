@@ -12,6 +12,10 @@
 #include "blocks.h"
 #include "simd.h"
 
+#ifdef XAI_X86_BODIES
+#include <immintrin.h>
+#endif
+
 namespace xai {
 namespace {
 
