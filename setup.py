@@ -18,16 +18,18 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+LEAST_ARCH = 8.0  # asynchronous copies and bf16 products
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp", "-Wall"]
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     sys.exit(f"\nxai_fast: {message}\n")
 
 
@@ -77,12 +79,37 @@ def cuda_root(nvcc: str) -> Path:
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
+def check_toolkit(nvcc: str) -> None:
+    """A driver that serves torch's CUDA need not serve the runtime of a newer toolkit."""
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", report)
+    wanted = (torch.version.cuda or "").split(".")[0]
+    if wanted and release and release.group(1) != wanted:
+        fail(
+            f"nvcc is of CUDA {release.group(1)}, but torch {torch.__version__} was built for CUDA {torch.version.cuda}. "
+            f"Set CUDA_HOME to a toolkit of CUDA {wanted}, or build without CUDA kernels: XAI_FAST_CUDA=0"
+        )
+
+
+def static_runtime(nvcc: str) -> Path:
+    """The folder of libcudart_static.a."""
+    root = cuda_root(nvcc)
+    for folder in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib"):
+        if (folder / "libcudart_static.a").exists():
+            return folder
+    fail(f"libcudart_static.a was not found under {root}. Install the toolkit's runtime, or build with XAI_FAST_CUDA=0")
+
+
 def arch_list() -> list[str]:
     archs = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS).strip())
     for arch in archs:
         if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", arch):
             fail(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0+PTX, got {arch!r}")
-    return archs
+    kept = [arch for arch in archs if float(re.match(r"\d+\.\d", arch)[0]) >= LEAST_ARCH]  # containers preset older ones too
+    if not kept:
+        wanted = f"an architecture from {LEAST_ARCH} on, which the kernels need"
+        fail(f"TORCH_CUDA_ARCH_LIST: expected {wanted}, got {' '.join(archs)}")
+    return kept
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -139,13 +166,9 @@ class Build(BuildExtension):
                 "slower pure Python package: XAI_FAST_BUILD=none pip install --no-build-isolation ."
             )
         if nvcc and CUDA_SOURCES:
+            check_toolkit(nvcc)
             ext.extra_objects += compile_cuda(nvcc, Path(self.build_temp) / "cuda")
-            lib = next(
-                d
-                for d in ("lib64", "lib", "targets/x86_64-linux/lib")
-                if (cuda_root(nvcc) / d / "libcudart_static.a").exists()
-            )
-            ext.extra_link_args += [f"-L{cuda_root(nvcc) / lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            ext.extra_link_args += [f"-L{static_runtime(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         else:
             ext.sources.append("csrc/cuda/absent.cpp")
         archs = ",".join(arch_list()) if nvcc and CUDA_SOURCES else ""

@@ -49,6 +49,20 @@ FAILURES = [
         "torch 2.10.0 is too old: xai_fast needs 2.11 or newer. Upgrade with: pip install",
     ),
 ]
+WITH_NVCC = [
+    (
+        "",
+        {"XAI_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "7.0 7.5"},
+        "TORCH_CUDA_ARCH_LIST: expected an architecture from 8.0 on.*got 7.0 7.5",
+    ),
+    (
+        "import torch; torch.version.cuda = '11.8'",
+        {"XAI_FAST_CUDA": "1"},
+        r"nvcc is of CUDA \d+, but torch .* was built for CUDA 11.8. Set CUDA_HOME to a toolkit of CUDA 11",
+    ),
+]
+if _backend.HAS_CUDA_KERNELS:
+    FAILURES += WITH_NVCC
 
 
 @pytest.mark.parametrize("case", range(len(FAILURES)))
