@@ -134,7 +134,7 @@ void scores_merge_cpu(const InfluenceScores& p, int64_t begin, int64_t end);  //
 // lists.
 struct ScoreChunk : GlmRows {
   const void* delta;     // (n,C)
-  const void* products;  // (count,columns) of `accumulate`: row i belongs to visited row first + i
+  const void* products;  // (columns,count) of `accumulate`: place i belongs to visited row first + i
   void* out;             // (tests,rows): columns first .. first + count - 1 are filled; or null
   void* values;          // (tests,k): the lists so far, in order; all -1 in `found` at the start
   int64_t* found;        // (tests,k): rows of X

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["allow_tf32", "fp32_precision"])
+def tf32_allowed(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Call it to let float32 products use TF32, by torch's older or newer switch, until the test ends."""
+    switches = torch.backends.cuda.matmul
+    before = switches.fp32_precision
+    yield lambda: setattr(switches, request.param, True if request.param == "allow_tf32" else "tf32")
+    switches.fp32_precision = before
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

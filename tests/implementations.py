@@ -20,6 +20,8 @@ from tests.emulator.build import cuda_include, sanitized
 from tests.emulator.extension import emulated_module
 from xai_fast import _backend
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -32,9 +34,16 @@ class Implementation:
 
     def __call__(self, function: str, *args: Any) -> Any:
         """A Tensor, or a tuple of them, on the CPU."""
-        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
+        moved = [self._moved(a) if isinstance(a, Tensor) else a for a in args]
         result = getattr(self.load(), function)(*moved)
         return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
+
+    def _moved(self, a: Tensor) -> Tensor:
+        """On the device with its strides and its place in the storage, which ``Tensor.to`` would not keep."""
+        if self.device == "cpu":
+            return a
+        storage = torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())
+        return storage.to(self.device).as_strided(a.shape, a.stride(), a.storage_offset())
 
 
 def _emulated(cuda: bool) -> ModuleType:

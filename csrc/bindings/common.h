@@ -7,6 +7,8 @@
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_assert_async.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -87,6 +89,17 @@ inline void check_tensor(const Tensor& x, at::IntArrayRef shape, at::ScalarType 
   TORCH_CHECK_VALUE(x.sizes() == shape, name, ": expected shape ", shape, ", got ", x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == dtype, name, ": expected dtype ", dtype, ", got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.device() == like.device(), name, ": expected device ", like.device(), ", got ", x.device());
+}
+
+// Places among `below`. A look at those on the GPU would wait for it and end a graph capture; where nobody looked in Python
+// (xai_fast/ops does, but not in compiled code) the device stops before it reads out of bounds.
+inline void check_places(const Tensor& places, int64_t below, const char* name) {
+  if (places.numel() == 0) return;
+  const auto [low, high] = at::aminmax(places);
+  if (places.is_cuda())
+    return at::_assert_async(low.ge(0).logical_and_(high.lt(below)), std::string(name) + ": out of range");
+  TORCH_CHECK_VALUE(low.item<int64_t>() >= 0 && high.item<int64_t>() < below, name, ": expected numbers from 0 to ",
+                    below - 1);
 }
 
 inline void check_rows(const Tensor& rows, int64_t batch, int64_t tokens, const Tensor& like) {

@@ -2,7 +2,6 @@
 #include "ihvp.h"
 
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/aminmax.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
@@ -50,10 +49,7 @@ void check_design(const Tensor& X, const Tensor& vectors, bool intercept, const 
 void check_indices(const OptionalTensor& index, const Tensor& X, const char* name) {
   if (!index) return;
   check_tensor(*index, {index->numel()}, at::kLong, X, name);
-  if (index->numel() == 0) return;
-  const auto [low, high] = at::aminmax(*index);
-  TORCH_CHECK_VALUE(low.item<int64_t>() >= 0 && high.item<int64_t>() < X.size(0), name, ": expected rows from 0 to ",
-                    X.size(0) - 1);
+  check_places(*index, X.size(0), name);
 }
 
 // The kernels read a row as one run.
@@ -143,8 +139,10 @@ Tensor product_hvp(const GlmOperands& given, const Tensor& columns) {
   GlmCurve p{};
   given.fill(p, p, classes, columns.scalar_type());
   p.columns = all;
-  const int64_t chunk = std::max<int64_t>(256, kChunkBytes / (all * int64_t(columns.element_size())));
   const int64_t dim = given.X.size(1);
+  const bool copies = given.index || given.X.scalar_type() != columns.scalar_type();
+  const int64_t made = (copies ? std::max(all, dim) : all) * int64_t(columns.element_size());  // bytes a row
+  const int64_t chunk = std::max<int64_t>(256, kChunkBytes / made);
   for (p.first = 0; p.first < p.rows; p.first += chunk) {
     p.count = std::min(chunk, p.rows - p.first);
     const Tensor picked = given.index ? given.X.index_select(0, given.index->slice(0, p.first, p.first + p.count))
@@ -358,13 +356,17 @@ void run_score_chunks(const ScoreOperands& given, Finish finish) {
   p.tests = given.tests();
   p.columns = p.tests * p.classes;
   finish(p);
-  const Tensor matrix = given.columns.view({p.columns, given.columns.size(2)}).t();
+  const Tensor matrix = given.columns.view({p.columns, given.columns.size(2)});
   const int64_t chunk = std::max<int64_t>(256, 4 * kChunkBytes / (p.columns * int64_t(matrix.element_size())));
   for (p.first = 0; p.first < p.rows; p.first += chunk) {
     p.count = std::min(chunk, p.rows - p.first);
     const Tensor picked = given.rows ? given.X.index_select(0, given.rows->slice(0, p.first, p.first + p.count))
                                      : given.X.slice(0, p.first, p.first + p.count);
-    const Tensor products = affine(in_dtype(picked, matrix.scalar_type()), matrix, given.intercept).contiguous();
+    // S X^T, not X S^T: neighbouring threads then read neighbouring rows of one test.
+    const Tensor Xt = in_dtype(picked, matrix.scalar_type()).t();
+    const Tensor products =
+        (given.intercept ? at::addmm(matrix.slice(1, p.dim), matrix.slice(1, 0, p.dim), Xt) : matrix.matmul(Xt))
+            .contiguous();
     p.products = products.const_data_ptr();
     check_launch(launch_score_chunk(p, current_stream(given.X)));
   }

@@ -1,7 +1,6 @@
 // Bindings of the metrics family.
 #include "metrics.h"
 
-#include <ATen/ops/aminmax.h>
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/nan_to_num.h>
 
@@ -16,13 +15,9 @@ void check_matrix(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, name, ": expected shape (B, n), got ", x.sizes());
 }
 
-// Sample numbers. On the GPU a look at them would wait for it; there xai_fast/ops has looked.
 void check_sample(const Tensor& sample, int64_t examples, int64_t batch, const Tensor& like, const char* name = "sample") {
   check_tensor(sample, {examples}, at::kLong, like, name);
-  if (examples == 0 || sample.is_cuda()) return;
-  const auto [low, high] = at::aminmax(sample);
-  TORCH_CHECK_VALUE(low.item<int64_t>() >= 0 && high.item<int64_t>() < batch, name, ": expected numbers from 0 to ",
-                    batch - 1);
+  check_places(sample, batch, name);
 }
 
 Tensor rank_features(const Tensor& scores_in) {

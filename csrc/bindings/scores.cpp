@@ -31,7 +31,9 @@ void fill_scores(AttentionScores& p, const Tensor& query, const Tensor& key, con
   p.dim = query.size(3);
   p.scale = scale ? *scale : 1.0 / std::sqrt(double(p.dim));
   p.causal = is_causal;
-  p.tf32 = at::globalContext().allowTF32CuBLAS();
+  // Not allowTF32CuBLAS(), which throws once the newer switches of torch have been used.
+  p.tf32 =
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
   p.dtype = dtype_of(query);
   if (!mask_in) return;
   mask = mask_in->expand({p.batch, p.heads, p.tokens, p.keys});

@@ -11,9 +11,10 @@ namespace {
 
 // The most slots with which the GPU still takes all blocks at once, of a few units each: a slot costs a partial result as
 // large as the inputs.
+template <class Product>
 int64_t slots_for(int64_t blocks, int64_t units) {
-  constexpr int64_t kFewestUnits = 4;
-  const int64_t most = std::min(kResidentBlocks / std::max<int64_t>(1, blocks), (units + kFewestUnits - 1) / kFewestUnits);
+  constexpr int64_t kFewestUnits = 4, kResident = kMultiprocessors * Product::kBlocksPerMultiprocessor;
+  const int64_t most = std::min(kResident / std::max<int64_t>(1, blocks), (units + kFewestUnits - 1) / kFewestUnits);
   return std::max<int64_t>(1, most);
 }
 
@@ -194,7 +195,7 @@ int64_t av_arrays(const AvRelevance& p, char* base, AvArrays<Acc>& w) {
   w.value = w.partial = packed_rows<Acc>(p.kv_heads, p.keys, p.dim);
   w.share = packed_rows<Acc>(p.heads, p.queries, p.dim);
   const int64_t blocks = p.batch * p.kv_heads * blocks_for(p.keys, Product::kStationary);
-  w.slots = slots_for(blocks, p.heads / p.kv_heads * blocks_for(p.queries, Product::kMoving));
+  w.slots = slots_for<Product>(blocks, p.heads / p.kv_heads * blocks_for(p.queries, Product::kMoving));
   Workspace space{base};
   space.take(w.value.data, w.value.elements(p.batch));
   space.take(w.share.data, w.share.elements(p.batch));
@@ -390,7 +391,7 @@ int64_t attention_arrays(const AttentionRelevance& p, char* base, AttentionArray
   w.key_partial = w.key;
   w.query_partial = w.query;
   const int64_t blocks = p.batch * p.kv_heads * blocks_for(p.keys, Product::kStationary);
-  w.slots = slots_for(blocks, p.heads / p.kv_heads * blocks_for(p.tokens, Product::kMoving));
+  w.slots = slots_for<Product>(blocks, p.heads / p.kv_heads * blocks_for(p.tokens, Product::kMoving));
   Workspace space{base};
   take_operands(p, true, w, space);
   space.take(w.value_partial.data, w.slots * w.value_partial.elements(p.batch));

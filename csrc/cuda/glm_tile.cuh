@@ -13,7 +13,7 @@ namespace xai {
 
 constexpr int kGlmThreads = 256, kGlmWarps = kGlmThreads / kWarp;
 constexpr int kGlmPadding = 8;                 // elements: whole 16-byte pieces of every type
-constexpr size_t kGlmMostShared = 160 * 1024;  // fits every data-centre GPU
+constexpr size_t kGlmMostShared = 160 * 1024;  // sm_80 has 163 KB
 
 inline __host__ __device__ int64_t glm_padded(int64_t elements) {
   return (elements + kGlmPadding - 1) / kGlmPadding * kGlmPadding;
@@ -105,12 +105,22 @@ __device__ void stage_rows(const GlmRows& p, const GlmTile& shape, int64_t first
   }
 }
 
-// source (columns,params)
-template <class Acc>
+// source (columns,params). ASYNC, for what is staged again and again: in shared memory after copy_async_wait() and a
+// barrier.
+template <bool ASYNC, class Acc>
 __device__ void stage_vectors(const void* source, int64_t params, int64_t first, int columns, int pitch, Acc* vectors) {
+  constexpr int n = kPiece<Acc>;
+  const bool whole = ASYNC && is_piece_aligned(source) && params % n == 0;  // `first` is a multiple
   for (int c = warp_index(); c < columns; c += blockDim.x / kWarp) {
     const Acc* vector = static_cast<const Acc*>(source) + c * params + first;
-    for (int at = lane_index(); at < pitch; at += kWarp) vectors[c * pitch + at] = first + at < params ? vector[at] : Acc(0);
+    Acc* target = vectors + c * pitch;
+    if (whole) {
+      for (int at = lane_index() * n; at < pitch; at += kWarp * n)
+        copy_async_16(target + at, vector + at, first + at < params);
+    } else {
+#pragma unroll 4
+      for (int at = lane_index(); at < pitch; at += kWarp) target[at] = first + at < params ? vector[at] : Acc(0);
+    }
   }
 }
 

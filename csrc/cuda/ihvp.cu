@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kGlmThreads, sizeof(Acc) == 4 && COLUMNS <= 10
         p, shape, 0, count, [&](int r) { return visited_row(p, first + r); },
         shared.tiles + buffer * shape.rows * shape.pitch);
   };
-  stage_vectors(block.vectors<Acc>(p), p.params(), 0, block.columns, shape.pitch, shared.vectors);
-  if (with_theta) stage_vectors(p.theta, p.params(), 0, shape.classes, shape.pitch, shared.theta);
+  stage_vectors<false>(block.vectors<Acc>(p), p.params(), 0, block.columns, shape.pitch, shared.vectors);
+  if (with_theta) stage_vectors<false>(p.theta, p.params(), 0, shape.classes, shape.pitch, shared.theta);
   if (block.begin < block.end) load(block.begin, 0);
   Acc sums[kRuns<Acc, COLUMNS>][COLUMNS][kPiece<Acc>] = {};
   int buffer = 0;
@@ -197,7 +197,8 @@ bool resident_tile(const GlmHvp& p, GlmTile& tile) {
   const int64_t pitch = glm_padded(p.params());
   if (pitch > int64_t(kGlmThreads) * kPiece<Acc> * kRuns<Acc, COLUMNS>) return false;
   const bool with_theta = from_theta(p);
-  for (const size_t limit : {kTwoBlocksShared, kGlmMostShared})
+  const size_t most = most_shared_bytes();
+  for (const size_t limit : {std::min(kTwoBlocksShared, most), std::min(kGlmMostShared, most)})
     for (int rows = kGlmWarps * kWarpRows<Acc>; rows >= kWarpRows<Acc>; rows /= 2) {
       tile = glm_tile<Acc>(p, rows, pitch, kGlmWarps * kWarpRows<Acc> / rows, COLUMNS);
       if (rows * (p.classes + 1) <= kGlmThreads && ResidentShared<Acc, COLUMNS>::bytes(tile, with_theta) <= limit)
@@ -228,7 +229,7 @@ __device__ void multiply_columns(const GlmTile& shape, const Acc* source, int64_
   for (int c = 0; c < columns; c += kWideColumns) {
     const int count = min(kWideColumns, columns - c);
     __syncthreads();  // the vectors before have been used
-    stage_vectors(source + c * params, params, first, count, shape.pitch, shared.vectors);
+    stage_vectors<true>(source + c * params, params, first, count, shape.pitch, shared.vectors);
     copy_async_wait();
     __syncthreads();
     multiply_tile<kWideColumns>(shape, shared.tile, shared.vectors, count, first > 0, z + c);
@@ -294,10 +295,12 @@ __global__ void __launch_bounds__(kGlmThreads, 1)
 template <class Acc>
 bool wide_tile(const GlmHvp& p, int64_t columns, GlmTile& tile) {
   const int64_t pitch = std::min(glm_padded(p.params()), int64_t(kGlmThreads) * kPiece<Acc>);
+  const size_t most = most_shared_bytes();
   for (int rows = kWideRows; rows >= kWarpRows<Acc>; rows /= 2)
     for (const int splits : {kGlmWarps * kWarpRows<Acc> / rows, 1}) {
       tile = glm_tile<Acc>(p, rows, pitch, splits, columns);
-      if (columns < (1 << 20) && p.classes < (1 << 20) && WideShared<Acc>::bytes(tile) <= kGlmMostShared) return true;
+      if (columns < (1 << 20) && p.classes < (1 << 20) && WideShared<Acc>::bytes(tile) <= std::min(kGlmMostShared, most))
+        return true;
     }
   return false;
 }

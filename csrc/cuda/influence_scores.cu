@@ -4,14 +4,14 @@
 namespace xai {
 namespace {
 
-// sum_c delta[row,c] products[i, test C + c] for visited row first + i
+// sum_c delta[row,c] products[test C + c, i] for visited row first + i
 template <class Acc>
 __device__ Acc score_of(const ScoreChunk& p, int64_t i, int64_t test) {
   const Acc* delta = static_cast<const Acc*>(p.delta) + visited_row(p, p.first + i) * p.classes;
-  const Acc* products = static_cast<const Acc*>(p.products) + i * p.columns + test * p.classes;
+  const Acc* products = static_cast<const Acc*>(p.products) + test * p.classes * p.count + i;
   Acc score = 0;
 #pragma unroll 4
-  for (int64_t c = 0; c < p.classes; ++c) score += delta[c] * products[c];
+  for (int64_t c = 0; c < p.classes; ++c) score += delta[c] * products[c * p.count];
   return score;
 }
 
@@ -19,22 +19,14 @@ __device__ Acc score_of(const ScoreChunk& p, int64_t i, int64_t test) {
 
 constexpr int kSquare = 32, kSquareWarps = 8;
 
-// products (count,columns), delta -> out (tests,rows). A block takes 32 rows of 32 tests: it reads along the tests and
-// writes along the rows.
+// products (columns,count), delta -> out (tests,rows). A block takes 32 rows of 32 tests.
 template <class Acc>
 __global__ void __launch_bounds__(kSquareWarps* kWarp) scores_kernel(const ScoreChunk p) {
   const int64_t across = (p.tests + kSquare - 1) / kSquare;
   const int64_t first_row = blockIdx.x / across * kSquare, first_test = blockIdx.x % across * kSquare;
-  Acc* square = dynamic_smem<Acc>();  // (tests,rows + 1)
-  for (int r = warp_index(); r < kSquare; r += kSquareWarps) {
-    const int64_t i = first_row + r, test = first_test + lane_index();
-    if (i < p.count && test < p.tests) square[lane_index() * (kSquare + 1) + r] = score_of<Acc>(p, i, test);
-  }
-  __syncthreads();
   for (int t = warp_index(); t < kSquare; t += kSquareWarps) {
     const int64_t i = first_row + lane_index(), test = first_test + t;
-    if (i < p.count && test < p.tests)
-      static_cast<Acc*>(p.out)[test * p.rows + p.first + i] = square[t * (kSquare + 1) + lane_index()];
+    if (i < p.count && test < p.tests) static_cast<Acc*>(p.out)[test * p.rows + p.first + i] = score_of<Acc>(p, i, test);
   }
 }
 
@@ -180,7 +172,7 @@ class List {
   int pending_ = 0;
 };
 
-// products (count,columns), delta -> values, found (tests,k). A block keeps the list of one test.
+// products (columns,count), delta -> values, found (tests,k). A block keeps the list of one test.
 template <class Acc>
 __global__ void __launch_bounds__(kListThreads) lists_kernel(const ScoreChunk p) {
   const int64_t test = blockIdx.x;
@@ -210,8 +202,7 @@ const char* launch_score_chunk(const ScoreChunk& p, void* stream) {
     using Acc = typename decltype(accumulate)::type;
     if (!p.out) return launch(lists_kernel<Acc>, grid_of(p.tests), kListThreads, List<Acc>::kBytes, stream, p);
     const int64_t blocks = (p.count + kSquare - 1) / kSquare * ((p.tests + kSquare - 1) / kSquare);
-    return launch(scores_kernel<Acc>, grid_of(blocks), kSquareWarps * kWarp, kSquare * (kSquare + 1) * sizeof(Acc), stream,
-                  p);
+    return launch(scores_kernel<Acc>, grid_of(blocks), kSquareWarps * kWarp, 0, stream, p);
   });
 }
 

@@ -15,9 +15,10 @@
 
 namespace xai {
 
-// Blocks that fill a large GPU once: 132 multiprocessors with three blocks each. A constant, not a property of the device,
+// Multiprocessors of a large GPU, and blocks that fill it once with three on each. Constants, not properties of the device,
 // so that results do not depend on the device.
-constexpr int64_t kResidentBlocks = 396;
+constexpr int64_t kMultiprocessors = 132;
+constexpr int64_t kResidentBlocks = 3 * kMultiprocessors;
 
 // Blocks that cover `items` when each takes `per_block`.
 inline unsigned blocks_for(int64_t items, int64_t per_block) { return unsigned((items + per_block - 1) / per_block); }
@@ -40,6 +41,8 @@ const char* launch_repeated(void* stream, int64_t times, Body body) {
   return nullptr;
 }
 
+inline size_t most_shared_bytes() { return emulator::kMaxSharedBytes; }
+
 template <class T>
 T* dynamic_smem() {
   return reinterpret_cast<T*>(emulator::active->shared.data());
@@ -49,11 +52,22 @@ T* dynamic_smem() {
 
 constexpr size_t kSharedBytesByDefault = 48 * 1024;
 
+// What a block of the current device can have: 227 KB on sm_90, 163 KB on sm_80, 99 KB on sm_86 and sm_89.
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? size_t(bytes) : kSharedBytesByDefault;
+}
+
 // Null, or the message of the CUDA runtime.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    Arguments... arguments) {
   cudaError_t error = cudaSuccess;
+  cudaGetLastError();  // an error that an earlier call has reported already
+  if (shared_bytes > kSharedBytesByDefault && shared_bytes > most_shared_bytes())
+    return "this GPU has less shared memory than sm_80, which the kernel for these shapes needs";
   if (shared_bytes > kSharedBytesByDefault)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   if (error == cudaSuccess) {
@@ -65,8 +79,8 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-constexpr int64_t kGraphSteps = 64;      // steps in one graph: its launch costs little next to them
-constexpr int64_t kLeastGraphSteps = 8;  // fewer are sooner launched than captured
+constexpr int64_t kGraphSteps = 64;        // steps in one graph: its launch costs little next to them
+constexpr int64_t kLeastGraphSteps = 128;  // fewer are sooner launched than captured
 
 // Launches `steps` calls of body as one graph, `times` times on `stream`. capture: a stream that nothing else uses.
 template <class Body>
@@ -102,10 +116,9 @@ const char* launch_repeated(void* stream, int64_t times, Body body) {
   cudaStream_t capture = nullptr;
   if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&capture, cudaStreamNonBlocking);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t steps = std::min(times, kGraphSteps);
-  const char* message = launch_graph(capture, target, steps, times / steps, body);
-  if (!message) message = launch_graph(capture, target, times % steps, 1, body);
+  const char* message = launch_graph(capture, target, kGraphSteps, times / kGraphSteps, body);
   cudaStreamDestroy(capture);
+  for (int64_t i = 0; i < times % kGraphSteps && !message; ++i) message = body(stream);
   return message;
 }
 

@@ -17,11 +17,11 @@ __global__ void start_kernel(int64_t* counter) { counter[0] = counter[1] = 0; }
 
 __device__ inline int64_t step_of_rows(const Lissa& p) { return p.counter[0]; }
 __device__ inline int64_t step_of_update(const Lissa& p) { return p.counter[1] - 1; }
-__device__ inline void finish_rows(const Lissa& p) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.counter[1] = p.counter[0] + 1;
+__device__ inline void finish_rows(const Lissa& p, int64_t step) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.counter[1] = step + 1;
 }
-__device__ inline void finish_update(const Lissa& p) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.counter[0] = p.counter[1];
+__device__ inline void finish_update(const Lissa& p, int64_t step) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) p.counter[0] = step + 1;
 }
 __device__ inline int64_t drawn_row(const Lissa& p, int64_t step, int64_t k) {
   return sampled_row(p.seed, p.first_step + step, k, p.rows);
@@ -51,7 +51,7 @@ struct RowsShared {
 
 // X (n,D), state -> gathered (batch,params), outputs (batch,columns) = s W(V^T x). The warps share the params of a row.
 template <class Acc, int COLUMNS>
-__global__ void __launch_bounds__(kGlmThreads, 2)
+__global__ void __launch_bounds__(kGlmThreads, sizeof(Acc) * COLUMNS <= 64 ? 2 : 1)
     lissa_rows_kernel(const Lissa p, const LissaGroups groups, const GlmTile shape) {
   const int64_t step = step_of_rows(p), params = p.params();
   const int64_t first = int64_t(blockIdx.x / groups.groups) * shape.rows, group = blockIdx.x % groups.groups;
@@ -61,33 +61,39 @@ __global__ void __launch_bounds__(kGlmThreads, 2)
   const RowsShared<Acc> shared(shape, COLUMNS, dynamic_smem<Acc>());
   const Acc* state = static_cast<const Acc*>(p.state) + first_side * p.classes * params;
   const auto row_of = [&](int r) { return drawn_row(p, step, first + r); };
+  // Weights and s of the rows; they arrive while the product is computed. 4 rows of at most 16 classes: one a thread.
+  const int value_row = threadIdx.x / (shape.classes + 1), value_class = threadIdx.x % (shape.classes + 1);
+  Acc held = 0;
+  if (value_row < count) {
+    const int64_t row = row_of(value_row);
+    held = value_class == shape.classes ? sample_weight_of<Acc>(p, row) : weight_of<Acc>(p, p, row, value_class);
+  }
   for (int64_t piece = 0; piece < params; piece += shape.pitch) {
     __syncthreads();
     stage_rows(p, shape, piece, count, row_of, shared.tile);
-    stage_vectors(state, params, piece, columns, shape.pitch, shared.vectors);
+    stage_vectors<true>(state, params, piece, columns, shape.pitch, shared.vectors);
     copy_async_wait();
     __syncthreads();
     multiply_tile<COLUMNS>(shape, shared.tile, shared.vectors, columns, piece > 0, shared.z);
     if (group != 0) continue;
     Acc* gathered = static_cast<Acc*>(p.gathered) + first * params + piece;
-    for (int r = warp_index(); r < count; r += kGlmWarps)
-      for (int at = lane_index(); at < shape.pitch && piece + at < params; at += kWarp)
-        gathered[r * params + at] = shared.tile[r * shape.pitch + at];
+    const int staged = int(min(int64_t(shape.pitch), params - piece));
+    for (int at = threadIdx.x; at < staged; at += kGlmThreads)
+#pragma unroll
+      for (int r = 0; r < kWarpRows<Acc>; ++r)
+        if (r < count) gathered[r * params + at] = shared.tile[r * shape.pitch + at];
   }
-  for (int e = threadIdx.x; e < count * (shape.classes + 1); e += kGlmThreads) {
-    const int r = e / (shape.classes + 1), c = e % (shape.classes + 1);
-    if (c == shape.classes)
-      shared.scales[r] = sample_weight_of<Acc>(p, row_of(r));
-    else
-      shared.z[r * shape.z_pitch + shape.z_columns + c] = weight_of<Acc>(p, p, row_of(r), c);
-  }
+  if (value_row < count && value_class == shape.classes)
+    shared.scales[value_row] = held;
+  else if (value_row < count)
+    shared.z[value_row * shape.z_pitch + shape.z_columns + value_class] = held;
   __syncthreads();
   curve_tile<false>(p, shape, count, sides, row_of, shared.scales, shared.z);
   __syncthreads();
   Acc* outputs = static_cast<Acc*>(p.outputs) + first * p.columns + first_side * p.classes;
   for (int e = threadIdx.x; e < count * columns; e += kGlmThreads)
     outputs[e / columns * p.columns + e % columns] = shared.z[e / columns * shape.z_pitch + e % columns];
-  finish_rows(p);
+  finish_rows(p, step);
 }
 
 template <class Acc, int COLUMNS>
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kProductThreads)
   Acc* outputs = static_cast<Acc*>(p.outputs) + first * p.columns + first_column;
   for (int e = threadIdx.x; e < count * columns; e += kProductThreads)
     outputs[e / columns * p.columns + e % columns] = shared[e / columns * kAcrossPitch + e % columns];
-  finish_rows(p);
+  finish_rows(p, step);
 }
 
 // outputs (batch,columns): V^T x -> s W(V^T x). A warp takes a row of a right-hand side.
@@ -267,11 +273,13 @@ __device__ void update_param(const Lissa& p, int64_t step, int64_t column, int64
   const int64_t at = column * p.params() + d;
   const Acc ridge = Acc(p.intercept && d == p.dim ? p.damping : p.l2 + p.damping);
   Acc *state = static_cast<Acc*>(p.state), *average = static_cast<Acc*>(p.average);
-  const Acc v = state[at], curved = sum / Acc(p.batch) + ridge * v;
-  const Acc next = static_cast<const Acc*>(p.gradient)[at] + v - curved / Acc(p.sigma);
+  const Acc v = state[at], g = static_cast<const Acc*>(p.gradient)[at];
+  const Acc before = step > p.skip ? average[at] : Acc(0);  // with the others: one wait
+  const Acc curved = sum / Acc(p.batch) + ridge * v;
+  const Acc next = g + v - curved / Acc(p.sigma);
   state[at] = next;
   if (step < p.skip) return;
-  const Acc total = step == p.skip ? next : average[at] + next;
+  const Acc total = step == p.skip ? next : before + next;
   average[at] = step == p.steps - 1 ? total / Acc(p.steps - p.skip) : total;
 }
 
@@ -279,7 +287,7 @@ __device__ void update_param(const Lissa& p, int64_t step, int64_t column, int64
 // warps share the batch, and their sums are added in order.
 template <class Acc>
 __global__ void __launch_bounds__(kUpdateWarps* kWarp) lissa_update_kernel(const Lissa p) {
-  const int64_t params = p.params(), tiles = (params + kWarp - 1) / kWarp;
+  const int64_t step = step_of_update(p), params = p.params(), tiles = (params + kWarp - 1) / kWarp;
   const int64_t d = blockIdx.x % tiles * kWarp + lane_index(), first_column = blockIdx.x / tiles * kUpdateColumns;
   const int warp = warp_index(), columns = int(min(int64_t(kUpdateColumns), p.columns - first_column));
   const Acc* gathered = static_cast<const Acc*>(p.gathered) + d;
@@ -287,7 +295,7 @@ __global__ void __launch_bounds__(kUpdateWarps* kWarp) lissa_update_kernel(const
   Acc sums[kUpdateColumns] = {};
   if (d < params) {
     const int64_t end = (warp + 1) * p.batch / kUpdateWarps;
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t b = warp * p.batch / kUpdateWarps; b < end; ++b) {
       const Acc x = gathered[b * params];
 #pragma unroll
@@ -302,9 +310,9 @@ __global__ void __launch_bounds__(kUpdateWarps* kWarp) lissa_update_kernel(const
   if (warp < columns && d < params) {
     Acc sum = 0;
     for (int w = 0; w < kUpdateWarps; ++w) sum += shared[(w * kUpdateColumns + warp) * kWarp + lane_index()];
-    update_param(p, step_of_update(p), first_column + warp, d, sum);
+    update_param(p, step, first_column + warp, d, sum);
   }
-  finish_update(p);
+  finish_update(p, step);
 }
 
 // As lissa_update_kernel, by tiles of kDown columns and kAcross params.
@@ -329,7 +337,7 @@ __global__ void __launch_bounds__(kProductThreads) lissa_many_update_kernel(cons
 #pragma unroll
     for (int j = 0; j < kMicro; ++j)
       if (column + i < p.columns && d + j < params) update_param(p, step, column + i, d + j, sums[i][j]);
-  finish_update(p);
+  finish_update(p, step);
 }
 
 // ---- one step -----------------------------------------------------------------------------------------------------------
@@ -347,9 +355,10 @@ const char* launch_few_step(const Lissa& p, void* stream) {
   const unsigned count = blocks_for(sides, most);
   const LissaGroups groups{count, sides, (sides + count - 1) / count};
   const int64_t columns = groups.per_group * p.classes;
-  const char* error = columns <= 1   ? launch_few_rows<Acc, 1>(p, groups, stream)
-                      : columns <= 4 ? launch_few_rows<Acc, 4>(p, groups, stream)
-                                     : launch_few_rows<Acc, kMostColumns>(p, groups, stream);
+  const char* error = columns <= 1    ? launch_few_rows<Acc, 1>(p, groups, stream)
+                      : columns <= 4  ? launch_few_rows<Acc, 4>(p, groups, stream)
+                      : columns <= 10 ? launch_few_rows<Acc, 10>(p, groups, stream)
+                                      : launch_few_rows<Acc, kMostColumns>(p, groups, stream);
   if (error) return error;
   const int64_t blocks = (p.params() + kWarp - 1) / kWarp * ((p.columns + kUpdateColumns - 1) / kUpdateColumns);
   return launch(lissa_update_kernel<Acc>, grid_of(blocks), kUpdateWarps * kWarp,

@@ -47,7 +47,9 @@ __device__ inline void store_piece(T* destination, const T* piece) {
   memcpy(__builtin_assume_aligned(static_cast<void*>(destination), kPieceBytes), piece, kPieceBytes);
 }
 
-inline bool is_piece_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPieceBytes == 0; }
+__host__ __device__ inline bool is_piece_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kPieceBytes == 0;
+}
 inline bool is_piece_multiple(int64_t elements, size_t element_bytes) {
   return elements * int64_t(element_bytes) % kPieceBytes == 0;
 }

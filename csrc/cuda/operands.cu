@@ -45,11 +45,18 @@ __global__ void __launch_bounds__(kRowKernelThreads)
   const int lane = threadIdx.x % kWarp;
   const T* rows = static_cast<const T*>(x.data) + b * x.batch + h * x.head;
   uint32_t bits = 0;
-  for (int bit = 0; bit < kWarp && word * kWarp + bit < n; ++bit) {
-    const T* row = rows + (word * kWarp + bit) * x.row;
-    bool any = false;
-    for (int64_t c = lane; c < dim; c += kWarp) any |= to_accumulate<Acc>(row[c]) != 0;
-    if (__any_sync(kAllLanes, any)) bits |= 1u << bit;
+  constexpr int kTogether = 8;  // rows whose loads are under way at once
+  for (int first = 0; first < kWarp; first += kTogether) {
+    bool any[kTogether] = {};
+    for (int64_t c = lane; c < dim; c += kWarp)
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) {
+        const int64_t i = word * kWarp + first + e;
+        if (i < n) any[e] |= to_accumulate<Acc>(rows[i * x.row + c]) != 0;
+      }
+#pragma unroll
+    for (int e = 0; e < kTogether; ++e)
+      if (__any_sync(kAllLanes, any[e])) bits |= 1u << (first + e);
   }
   if (lane == 0) w.active[b * w.active_batch + h * w.active_head + word] = bits;
 }

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(const SoftmaxRelevanc
 
 // x, upstream (rows,columns) -> out. The row stays in the cache between the passes.
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const NormRelevance p, bool vector) {
+__global__ void __launch_bounds__(kThreads, 1) norm_kernel(const NormRelevance p, bool vector) {
   using Acc = Accumulate<T>;
   constexpr int n = kPiece<T>;
   const int64_t row = R::index(), offset = row * p.columns;

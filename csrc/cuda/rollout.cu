@@ -397,8 +397,8 @@ const char* launch_streamed(const StreamedRowStep& p, void* stream) {
 // ---- the contract ---------------------------------------------------------------------------------------------------
 
 int64_t row_step_slots_cuda(int64_t batch, int64_t tokens) {
-  const int64_t rows_per_slot = std::max<int64_t>(1, batch * tokens / kResidentBlocks);
-  return std::max<int64_t>(1, (tokens + rows_per_slot - 1) / rows_per_slot);
+  // One wave at most: a few blocks more than fit would run alone after all others.
+  return std::clamp<int64_t>(kResidentBlocks / std::max<int64_t>(1, batch), 1, std::max<int64_t>(1, tokens));
 }
 
 const char* launch_row_step(const RowStep& p, void* stream) {

@@ -16,8 +16,9 @@ template <int N, class T, class Acc>
 __device__ void load_run(const T* source, int64_t count, bool vector, Acc (&x)[N]) {
   T run[N];
   if (vector) {
-    memcpy(static_cast<void*>(run), __builtin_assume_aligned(static_cast<const void*>(source), kRunAlignment<N, T>),
-           sizeof run);
+    constexpr int step = int(kRunAlignment<N, T> / sizeof(T));
+#pragma unroll
+    for (int e = 0; e < N; e += step) load_whole<kRunAlignment<N, T>>(run + e, source + e);
   } else {
 #pragma unroll
     for (int e = 0; e < N; ++e) run[e] = e < count ? source[e] : T(0.0f);
@@ -31,8 +32,9 @@ __device__ void store_run(T* destination, int64_t count, bool vector, const Acc 
 #pragma unroll
   for (int e = 0; e < N; ++e) run[e] = T(x[e]);
   if (vector) {
-    memcpy(__builtin_assume_aligned(static_cast<void*>(destination), kRunAlignment<N, T>), static_cast<const void*>(run),
-           sizeof run);
+    constexpr int step = int(kRunAlignment<N, T> / sizeof(T));
+#pragma unroll
+    for (int e = 0; e < N; e += step) store_whole<kRunAlignment<N, T>>(destination + e, run + e);
   } else {
 #pragma unroll
     for (int e = 0; e < N; ++e)

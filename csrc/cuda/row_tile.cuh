@@ -13,7 +13,8 @@ namespace xai {
 constexpr int kRowThreads = 256;      // three blocks a multiprocessor
 constexpr int kLongRowThreads = 768;  // one block: a long row fills the shared memory
 constexpr size_t kRowTileBytes = 48 * 1024;
-constexpr size_t kLongRowBytes = 160 * 1024;  // fits every data-centre GPU; columns beyond are fused again in pass 2
+constexpr size_t kLongRowBytes =
+    152 * 1024;  // with the sums of segments it fits sm_80; columns beyond are fused again in pass 2
 constexpr int kMaxTileRows = 32;
 constexpr int kHeadsInFlight = 3;  // more would leave registers for fewer blocks
 constexpr int kRowGroup = 4;       // rows r whose sums one thread keeps
@@ -41,7 +42,7 @@ struct Segment {
     return first + (VECTOR ? lane * kElements + e : e * kWarp + lane);
   }
   static __device__ void load(const T* row, int64_t first, int64_t tokens, T (&x)[kElements]) {
-    if (VECTOR && column(first, kElements - 1) < tokens) return load_piece(row + column(first, 0), x);
+    if (VECTOR && column(first, kElements - 1) < tokens) return load_whole<kPieceBytes>(x, row + column(first, 0));
 #pragma unroll
     for (int e = 0; e < kElements; ++e) x[e] = column(first, e) < tokens ? row[column(first, e)] : T(0.0f);
   }
@@ -153,7 +154,7 @@ class RowTile {
       const int64_t column = Lanes::column(first, e);
       if (column >= shape_.pitch) continue;
       if (VECTOR)
-        store_piece(row + column, values + e);
+        store_shared_16(row + column, values + e);
       else
         row[column] = values[e];
     }

@@ -241,6 +241,7 @@ __device__ Acc row_lanes_sum(Acc value) {
 // ---- the tile of a problem ------------------------------------------------------------------------------------------
 
 constexpr int64_t kMaxDim = 256;
+constexpr int64_t kMaxDoubleDim = 192;  // of double; of float with its largest tile: what 163 KB of shared memory hold
 constexpr bool kAnyDim = true;
 
 // Calls f(Type<Tile>, Type<ExtremeTile>). D is padded to 64, 128 or 256 elements; max and min, which spend their time on
@@ -264,7 +265,10 @@ auto with_tiles(const AttentionScores& p, F f) {
     case Dtype::f64: return f(Type<FmaTile<double, 1>>(), Type<FmaTile<double, 1>>());
     case Dtype::f16: return half_tiles(Type<__half>());
     case Dtype::bf16: return half_tiles(Type<__nv_bfloat16>());
-    default: return p.tf32 ? tf32_tiles() : f(Type<FmaTile<float, 4>>(), Type<FmaTile<float, 4>>());
+    default:
+      if (p.tf32) return tf32_tiles();
+      if (p.dim <= kMaxDoubleDim) return f(Type<FmaTile<float, 4>>(), Type<FmaTile<float, 4>>());
+      return f(Type<FmaTile<float, 2>>(), Type<FmaTile<float, 2>>());
   }
 }
 

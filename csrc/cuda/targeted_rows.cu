@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocksPerMultipro
   const PairScores<Product, false> scores(p, w.scale, addends);
   Acc sums[Product::kRows] = {};
   const bool needed = tile_is_active(w, b, 0, query0, Product::kStationary);
-  for (int64_t h = begin / head_tiles; needed && h * head_tiles < end; ++h) {
+  for (int64_t h = begin / head_tiles; needed && begin < end && h * head_tiles < end; ++h) {
     QueryValues<Product, false> shift;
     shift.load(w.shift + (b * p.heads + h) * w.padded + query0);
     __syncthreads();

@@ -48,7 +48,7 @@ inline int schedule_seed = 0;
 
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kMaxThreads = 1024;
-constexpr size_t kMaxSharedBytes = 227 * 1024;
+constexpr size_t kMaxSharedBytes = 163 * 1024;  // sm_80, the smallest of the GPUs that the kernels are for
 constexpr size_t kGuardBytes = 64;
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool kAddressSanitizer = true;
@@ -184,10 +184,19 @@ inline void wait_for(const unsigned& generation, const char* name) {
   current_thread().waits_on = nullptr;
 }
 
+// Copies that have not been waited for must find their destination as they left it.
+inline void check_async_copies() {
+  for (const AsyncCopy& copy : current_thread().async_copies)
+    for (size_t i = 0; i < copy.bytes.size(); ++i)
+      if (static_cast<const unsigned char*>(copy.destination)[i] != 0xff)
+        fail("shared memory was written while an asynchronous copy to it was under way");
+}
+
 inline void fiber_main() {
   arrived_on_fiber();
   try {
     active->kernel();
+    check_async_copies();
   } catch (...) {
     active->failure = std::current_exception();
   }
@@ -274,7 +283,7 @@ inline const char* launch_error(dim3 grid, dim3 block, size_t shared_bytes) {
     return "invalid configuration argument: grid";
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) return "invalid configuration argument: block";
-  if (shared_bytes > kMaxSharedBytes) return "invalid argument: more than 227 KB of dynamic shared memory";
+  if (shared_bytes > kMaxSharedBytes) return "invalid argument: more than 163 KB of dynamic shared memory";
   return nullptr;
 }
 
@@ -379,6 +388,7 @@ inline void async_copy(void* destination, const void* source, size_t source_byte
 }
 
 inline void async_wait_all() {
+  check_async_copies();
   for (const AsyncCopy& copy : current_thread().async_copies)
     std::memcpy(copy.destination, copy.bytes.data(), copy.bytes.size());
   current_thread().async_copies.clear();

@@ -67,6 +67,15 @@ __global__ void async_copy_kernel(const float* x, float* y, int valid) {
   for (int i = 0; i < 4; ++i) y[4 * threadIdx.x + i] = shared[i];
 }
 
+// Uses the destination of a copy before the copy has arrived.
+template <bool WAIT>
+__global__ void write_under_copy_kernel(const float* x) {
+  float* shared = xai::dynamic_smem<float>();
+  xai::copy_async_16(shared, x, true);
+  shared[1] = 1;
+  if (WAIT) xai::copy_async_wait();
+}
+
 // d (16,8) = a (16,K) b (8,K)^T with K = 32 bytes; fragments by ldmatrix
 template <class T>
 __global__ void mma_kernel(const T* a, const T* b, float* d) {
@@ -119,6 +128,9 @@ const char* launch_empty(unsigned grid, unsigned grid_y, unsigned threads, size_
 }
 const char* async_copy(const float* x, float* y, int threads, int valid, bool wait) {
   return run(wait ? async_copy_kernel<true> : async_copy_kernel<false>, 1, threads, threads * 16, x, y, valid);
+}
+const char* write_under_copy(const float* x, bool wait) {
+  return run(wait ? write_under_copy_kernel<true> : write_under_copy_kernel<false>, 1, 1, 16, x);
 }
 const char* mma_half(const __half* a, const __half* b, float* d) {
   return run(mma_kernel<__half>, 1, 32, 32 * 16 * sizeof(__half), a, b, d);

@@ -135,7 +135,7 @@ def test_a_mask_that_names_an_exited_lane_is_reported(kernels, seed):
 
 @pytest.mark.parametrize(
     ("grid", "grid_y", "threads", "shared"),
-    [(1, 1, 1025, 0), (1, 1, 0, 0), (0, 1, 1, 0), (1, 65536, 1, 0), (1, 1, 1, 227 * 1024 + 1)],
+    [(1, 1, 1025, 0), (1, 1, 0, 0), (0, 1, 1, 0), (1, 65536, 1, 0), (1, 1, 1, 163 * 1024 + 1)],
 )
 def test_launch_limits(kernels, grid, grid_y, threads, shared):
     with pytest.raises(RuntimeError, match="invalid"):
@@ -143,7 +143,7 @@ def test_launch_limits(kernels, grid, grid_y, threads, shared):
 
 
 def test_the_largest_launch_is_accepted(kernels):
-    assert kernels("launch_empty", 2, 1, 1024, ctypes.c_size_t(227 * 1024)) is None  # an error would have been raised
+    assert kernels("launch_empty", 2, 1, 1024, ctypes.c_size_t(163 * 1024)) is None  # an error would have been raised
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -157,6 +157,12 @@ def test_an_asynchronous_copy_gives_nothing_before_the_wait(kernels):
     x, y = torch.arange(32.0), torch.empty(32)
     kernels("async_copy", x, y, 8, 8, False)
     assert y.isnan().all()
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_write_under_an_asynchronous_copy_is_found(kernels, wait):
+    with pytest.raises(RuntimeError, match="written while an asynchronous copy"):
+        kernels("write_under_copy", torch.ones(4), wait)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

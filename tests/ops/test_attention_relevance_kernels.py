@@ -4,7 +4,7 @@ reference."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -338,6 +338,22 @@ def test_targeted(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targeted_slots_without_work(implementation: Implementation, dtype: torch.dtype) -> None:
+    """Causal blocks of early queries have fewer tiles than the sums have slots."""
+    problem, _ = targeted_problem((1, 1, 1, 256, 8, 8, 1), dtype)
+    ends = ("mean", True, 1.0, True, 0.5, 1e-6)
+    check(implementation, "targeted_rows", *problem, None, None, None, None, None, True, *ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_heads_that_fill_the_shared_memory(implementation: Implementation, dtype: torch.dtype) -> None:
+    dim = 192 if dtype == torch.float64 else 256
+    problem, _ = targeted_problem((1, 1, 1, 34, dim, dim, 1), dtype)
+    ends = ("mean", True, 1.0, True, 0.5, 1e-6)
+    check(implementation, "targeted_rows", *problem, None, None, None, None, None, False, *ends)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_targeted_with_lse_and_output(implementation: Implementation, dtype: torch.dtype) -> None:
     problem, relevance = targeted_problem((2, 4, 2, 25, 16, 24, 2), dtype)
@@ -448,18 +464,6 @@ def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> No
         ("targeted_rows", *half_rows, None, None, half_relevance, None, None, True, "mean", True, 1.0, True, 0.5, 0.1),
     ]
     assert_order_of_threads_does_not_matter(seed, calls)
-
-
-@pytest.fixture
-def tf32_allowed() -> Iterator[Callable[[], None]]:
-    """Call it to let float32 products use TF32, until the test ends."""
-    before = torch.backends.cuda.matmul.allow_tf32
-
-    def allow() -> None:
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-    yield allow
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dims", [(24, 40), (72, 20), (136, 8)])

@@ -307,7 +307,7 @@ BAD = [
     (lambda: xf.ops.influence_scores(DATA, W, V), ValueError, r"solutions: expected shape \(M, 7, C\)"),
     (lambda: xf.ops.influence_scores(DATA, W[:, :2], V[None]), ValueError, r"delta: expected shape \(40, 3\)"),
     (lambda: xf.ops.influence_top_k(DATA, W, V[None], 41), ValueError, "k: .*from 1 to 40, got 41"),
-    (lambda: xf.ops.influence_top_k(DATA, W, V[None], 1, rows=torch.tensor([50])), ValueError, "rows: .*0 to 39, got 50"),
+    (lambda: xf.ops.influence_top_k(DATA, W, V[None], 1, rows=torch.tensor([50])), ValueError, "rows: .*39, got 50 to 50"),
     (lambda: xf.ops.sample_rows(0, 3, seed=1), ValueError, "rows: .*got 0"),
     (lambda: xf.ops.random_projection(DATA[0], 3), ValueError, r"x: expected shape \(B, P\)"),
     (lambda: xf.ops.random_projection(DATA, 0), ValueError, "outputs: .*at least 1, got 0"),
@@ -328,7 +328,7 @@ def test_compiled_module_refuses_what_would_crash() -> None:
     v = V[None]
     with pytest.raises(ValueError, match="weights: expected shape"):
         module.glm_hvp(DATA, v, None, W[:5], None, None, None, *SPECIMEN)
-    with pytest.raises(ValueError, match="batch: expected rows from 0 to 39"):
+    with pytest.raises(ValueError, match="batch: expected numbers from 0 to 39"):
         module.glm_hvp(DATA, v, V, None, None, None, torch.tensor([40]), *SPECIMEN)
     with pytest.raises(ValueError, match="one output"):
         module.glm_hvp(DATA, v, V, None, None, None, None, "logistic", False, 1.0, 0.0, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -323,18 +323,6 @@ def test_emulated_kernels_do_not_depend_on_the_order_of_threads(seed: int) -> No
         ("rollout_rows_qk", half_q, half_k, rows, None, None, None, False, "max", 1.0, True),
     ]
     assert_order_of_threads_does_not_matter(seed, calls)
-
-
-@pytest.fixture
-def tf32_allowed() -> Iterator[Callable[[], None]]:
-    """Call it to let float32 products use TF32, until the test ends."""
-    before = torch.backends.cuda.matmul.allow_tf32
-
-    def allow() -> None:
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-    yield allow
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dim", [32, 100, 200])

@@ -17,9 +17,10 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 HEAD_FUSIONS = ("mean", "sum", "max", "min")
 
-# The streamed CUDA kernels keep whole rows of q, k and v on the chip (kMaxDim in csrc/cuda); wider heads, which no common
-# model has, run the reference.
+# The streamed CUDA kernels keep whole rows of q, k and v on the chip (kMaxDim and kMaxDoubleDim in csrc/cuda); wider heads,
+# which no common model has, run the reference.
 CUDA_MOST_DIM = 256
+CUDA_MOST_DOUBLE_DIM = 192
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -101,6 +102,28 @@ def check_broadcasts(x: Tensor, name: str, like: Tensor, like_name: str) -> None
     except RuntimeError:
         wanted = f"a shape that broadcasts with {like_name} {shape_of(like)}"
         raise ValueError(f"{name}: expected {wanted}, got {shape_of(x)}") from None
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether the values of x can be read now: not while x is traced, nor while its CUDA stream is captured."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_places(x: Tensor, name: str, below: int, what: str = "numbers") -> None:
+    """ValueError unless the whole numbers lie from 0 to below - 1."""
+    if not x.numel() or not may_look(x):
+        return
+    low, high = torch.stack(x.aminmax()).tolist()  # one wait
+    if low < 0 or high >= below:
+        raise ValueError(f"{name}: expected {what} from 0 to {below - 1}, got {low} to {high}")
+
+
+def too_wide_for_cuda(*heads: Tensor) -> bool:
+    """Whether q, k or v (B, H, N, D) is on a GPU and wider than its streamed kernels take."""
+    most = CUDA_MOST_DOUBLE_DIM if heads[0].dtype == torch.float64 else CUDA_MOST_DIM
+    return heads[0].is_cuda and max(x.shape[3] for x in heads) > most
 
 
 def check_same_device(x: Tensor, name: str, device: torch.device) -> None:

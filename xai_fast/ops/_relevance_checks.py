@@ -59,7 +59,7 @@ def check_bound(bound: Any, name: str, x: Tensor) -> Tensor:
 def check_bounds(low: Any, high: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds as tensors, finite and with low <= x <= high up to rounding. Values are not looked at while x is traced."""
     lowest, highest = check_bound(low, "low", x), check_bound(high, "high", x)
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+    if not check.may_look(x):
         return lowest, highest
     for name, bound in (("low", lowest), ("high", highest)):
         if not bool(bound.isfinite().all()):

@@ -227,9 +227,8 @@ def targeted_rows(
         bool(clamp),
     )
     numbers = (check.check_residual(residual, query.dtype), bool(normalize), rules.check_lam(lam), rules.check_eps(eps))
-    if _too_wide(query, value):
-        return reference.targeted_rows(query, key, value, grad_out, rows, *options, *numbers)
-    return _targeted_rows(query, key, value, grad_out, rows, *options, *numbers)
+    run = _targeted_rows.reference if check.too_wide_for_cuda(query, value) else _targeted_rows
+    return run(query, key, value, grad_out, rows, *options, *numbers)
 
 
 def attention_gradients(
@@ -254,11 +253,6 @@ def attention_gradients(
     return (None, None, g_v) if lam == 0 else (g_q, g_k, g_v)
 
 
-def _too_wide(query: Tensor, value: Tensor) -> bool:
-    return query.is_cuda and max(query.shape[3], value.shape[3]) > check.CUDA_MOST_DIM
-
-
 def _run_attention(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor, *options: Any) -> Any:
-    if _too_wide(query, value):
-        return reference.attention_relevance(query, key, value, upstream, *options)
-    return _attention_relevance(query, key, value, upstream, *options)
+    run = _attention_relevance.reference if check.too_wide_for_cuda(query, value) else _attention_relevance
+    return run(query, key, value, upstream, *options)

@@ -78,10 +78,8 @@ def _check_numbers(x: Any, name: str, count: int | None, like: Tensor, below: in
     if x.dim() != 1 or (count is not None and x.shape[0] != count):
         raise ValueError(f"{name}: expected shape ({'E' if count is None else count},), got {check.shape_of(x)}")
     check.check_same_device(x, name, like.device)
-    if below is not None and x.numel() and not torch.compiler.is_compiling() and type(x) is Tensor:
-        low, high = (int(v) for v in x.aminmax())
-        if low < 0 or high >= below:
-            raise ValueError(f"{name}: expected numbers from 0 to {below - 1}, got {low} to {high}")
+    if below is not None:
+        check.check_places(x, name, below)
 
 
 def _rank_bound(x: Tensor) -> Tensor:

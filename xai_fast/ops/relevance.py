@@ -141,7 +141,8 @@ def av_relevance(
     batch, heads, queries, keys = attention.shape
     rules.check_value(value, "value", batch, heads, keys, attention)
     check.check_like(relevance, "relevance", (batch, heads, queries, value.shape[3]), attention)
-    return _av_relevance(attention, value, relevance, rules.check_lam(lam), rules.check_eps(eps))
+    run = _av_relevance.reference if check.too_wide_for_cuda(value) else _av_relevance
+    return run(attention, value, relevance, rules.check_lam(lam), rules.check_eps(eps))
 
 
 def softmax_relevance(logits: Tensor, probs: Tensor, relevance: Tensor, *, rule: str = "taylor") -> Tensor:

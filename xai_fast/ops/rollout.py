@@ -234,9 +234,8 @@ def rollout_rows_qk(
     if lse is not None:
         check.check_lse(lse, query)
     options = (attn_mask, lse, scale, bool(is_causal), head_fusion, residual, bool(normalize))
-    if query.is_cuda and query.shape[3] > check.CUDA_MOST_DIM:
-        return reference.rollout_rows_qk(query, key, rows, *options)
-    return _rollout_rows_qk(query, key, rows, *options)
+    run = _rollout_rows_qk.reference if check.too_wide_for_cuda(query) else _rollout_rows_qk
+    return run(query, key, rows, *options)
 
 
 def attention_probabilities(
