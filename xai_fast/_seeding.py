@@ -18,7 +18,10 @@ def seeded(seed: int) -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002  explainers draw from the global one
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which also seeds a GPU that starts later, for good.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
         try:

@@ -11,13 +11,13 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor, nn
 
+from tests.implementations import DEVICES
 from xai_fast.distill import GAM, fit_gam
 from xai_fast.distill._solve import Stage, projector
 from xai_fast.distill.binning import coarsen, make_grid
 from xai_fast.influence.solvers import NotConverged
 
 pytestmark = pytest.mark.filterwarnings("error::xai_fast.influence.solvers.NotConverged")
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def uniform(n: int = 4000, features: int = 4, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:

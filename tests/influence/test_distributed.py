@@ -164,3 +164,14 @@ def test_needs_a_process_group() -> None:
     X, y = points()
     with pytest.raises(ValueError, match=r"^group: expected an initialised process group .*, got none$"):
         DistributedInfluence(random_head("softmax", X.shape[1]), X, y)
+
+
+def test_rows_on_the_cpu_under_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = points()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
+        with pytest.raises(ValueError, match=r"^X_local: expected a tensor on the GPU of this rank under nccl"):
+            DistributedInfluence(random_head("softmax", X.shape[1]), X, y)
+    finally:
+        dist.destroy_process_group()

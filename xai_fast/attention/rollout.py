@@ -75,7 +75,7 @@ def _order_statistic(values: Tensor, k: int) -> Tensor:
     if wide.device.type == "cpu":  # numpy's selection is several times faster than kthvalue there
         smallest = torch.from_numpy(np.partition(wide.numpy(), k, axis=1)[:, k : k + 1])
     else:
-        smallest = wide.kthvalue(k + 1, dim=1, keepdim=True).values
+        smallest = wide.sort(dim=1).values[:, k : k + 1]  # kthvalue is not deterministic on a GPU
     return smallest.to(values.dtype)
 
 

@@ -104,11 +104,12 @@ class TCAV:
     ) -> TCAV:
         """From each layer's (shares (T, P, 4), accuracies (P,), CAVs), pairs of concepts before those of random sets."""
         count, repeats = len(concepts), len(random_sets)
-        shares = torch.stack([part[0] for part in parts], 1)
+        # Few numbers and many steps of a continued fraction: on the CPU from here on.
+        shares = torch.stack([part[0] for part in parts], 1).cpu()
         own = shares[:, :, : count * repeats].unflatten(2, (count, repeats))
         matrix = _random_matrix(shares[:, :, count * repeats :], repeats)
         null = matrix.nanmean(-1)
-        accuracies = torch.stack([part[1][: count * repeats].view(count, repeats) for part in parts])
+        accuracies = torch.stack([part[1][: count * repeats].view(count, repeats) for part in parts]).cpu()
         scores = own[..., 0]
         p = _p_values(scores, null, test)
         kinds = dict(zip(("scores", "negatives", "magnitudes", "sensitivities"), own.unbind(-1), strict=True))

@@ -68,7 +68,9 @@ def student_two_sided(t: Tensor, freedom: Tensor) -> Tensor:
     square = t.square()
     never = square.isinf()
     square = torch.where(never, 0.0, square)
-    p = incomplete_beta(freedom / 2, torch.tensor(0.5), freedom / (freedom + square), square / (freedom + square))
+    p = incomplete_beta(
+        freedom / 2, torch.full_like(freedom, 0.5), freedom / (freedom + square), square / (freedom + square)
+    )
     return torch.where(never, 0.0, p)
 
 

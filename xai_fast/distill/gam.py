@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..influence.results import Solution
+from ..ops import _checks as check
 from ._design import Encoder
 from ._teacher import Teacher, read_rows
 from .binning import Grid
@@ -158,12 +159,19 @@ class GAM:
                 counts.append(f"{count} {one if count == 1 else many}")
         return f"GAM({len(self.terms)} terms: {', '.join(counts)}; {self.kind} outputs)"
 
+    def _rows(self, X: Any) -> Tensor:
+        """X as a tensor where the functions are; an array is brought there."""
+        rows = read_rows(X, len(self.feature_names))
+        if isinstance(X, Tensor):
+            check.check_same_device(rows, "X", self.intercept.device)
+        return rows.to(self.intercept.device)
+
     def predict(self, X: Any) -> Tensor:
         """f(X) for X (n, F), a tensor or an array: (n,) or (n, C), in the dtype of X (float64 if that is not floating).
 
         Outside the data every function goes on as a constant (see :meth:`support`).
         """
-        rows = read_rows(X, len(self.feature_names))
+        rows = self._rows(X)
         return self._out(predict_terms(self.terms, self.intercept, rows), rows)
 
     def predict_proba(self, X: Any) -> Tensor:
@@ -181,7 +189,7 @@ class GAM:
 
     def explain(self, X: Any) -> Tensor:
         """What each term adds, (n, terms) or (n, terms, C): with the intercept they add up to :meth:`predict`."""
-        rows = read_rows(X, len(self.feature_names))
+        rows = self._rows(X)
         return self._out(contributions(self.terms, rows), rows)
 
     def purify(self) -> GAM:
@@ -226,7 +234,7 @@ class GAM:
         if X is None:
             rows, y, w = self._held_out("fidelity")
         else:
-            rows = read_rows(X, len(self.feature_names))
+            rows = self._rows(X)
             if outputs is None and not self.record.teacher.knows(rows):
                 raise ValueError("outputs: expected the teacher's outputs on X, since the teacher was a tensor, got none")
             y = self.record.teacher(rows, outputs)
@@ -247,7 +255,7 @@ class GAM:
         False for a row with a feature outside the range (or the categories) of the data, or in a cell of a pair or a
         triple one of whose values no data determine: there the answer is the smoothness penalty's.
         """
-        rows = read_rows(X, len(self.feature_names))
+        rows = self._rows(X)
         found = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         encode = Encoder(rows)
         for term in self.terms:

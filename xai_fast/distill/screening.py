@@ -138,8 +138,9 @@ def triple_gains(
     for triple in triples:
         index = (cells[:, triple[0]] * count + cells[:, triple[1]]) * count + cells[:, triple[2]]
         cube = (count,) * 3
-        N = torch.bincount(index, w, count**3).reshape(cube)
-        S = torch.stack([torch.bincount(index, w * one, count**3) for one in r]).reshape(len(r), *cube)
+        # Weighted bincount has no deterministic form on a GPU.
+        N = w.new_zeros(count**3).index_add_(0, index, w).reshape(cube)
+        S = torch.stack([w.new_zeros(count**3).index_add_(0, index, w * one) for one in r]).reshape(len(r), *cube)
         gain, freedom = 0.0, 1.0
         for order in range(4):
             for gone in itertools.combinations(range(3), order):

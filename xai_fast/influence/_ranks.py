@@ -45,6 +45,12 @@ class Ranks:
             raise ValueError("group: expected one that this process belongs to, got another")
         self.leads = self.rank == 0
 
+    def check_reaches(self, x: Any, name: str) -> None:
+        """ValueError for rows on the CPU that the group cannot exchange."""
+        if dist.get_backend(self._group) == "nccl" and not (isinstance(x, Tensor) and x.is_cuda):
+            wanted = "a tensor on the GPU of this rank under nccl (init_process_group() without a backend takes both)"
+            raise ValueError(f"{name}: expected {wanted}, got rows on the CPU")
+
     def reduce(self, x: Tensor, operation: str) -> Tensor:
         """The sum or the largest of x over all ranks; x may be written to."""
         x = x.contiguous()

@@ -203,7 +203,12 @@ class DistributedInfluence(Influence):
 
     def _problem(self, X: Any, y: Any, head: Head, sample_weight: Any, damping: float) -> ShardedProblem:
         ranks = self._ranks
-        count, weight, dtype, name = ranks.agree(lambda: _summary(X, head, sample_weight))
+
+        def summary() -> tuple[int, float, str, str]:
+            ranks.check_reaches(X, "X_local")
+            return _summary(X, head, sample_weight)
+
+        count, weight, dtype, name = ranks.agree(summary)
         ranks.check_same(head=name, dtype=dtype)
         counts, weights = ranks.gather(count), ranks.gather(weight)
         first = sum(counts[: ranks.rank])

@@ -45,9 +45,11 @@ class LinearOperation:
 
     def transpose(self, s: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of ``(y * s).sum()`` with respect to x."""
+        weight = weight.to(s.dtype)  # autocast leaves the gradient and the weight in different types
         if self.options is None:
             return s @ weight
         if self.is_regular:
+            x = x.to(s.dtype)
             stride, padding, dilation, transposed, output_padding, groups = self.options
             return torch.ops.aten.convolution_backward(
                 s, x, weight, None, stride, padding, dilation, transposed, output_padding, groups, (True, False, False)

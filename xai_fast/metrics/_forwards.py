@@ -36,6 +36,8 @@ COPIES = 2
 # On a CPU more examples at once are slower: activations leave the caches. Bytes of inputs that run together, and the
 # fewest examples. Batches that are no power of two are slower as well.
 CPU_BYTES, CPU_LEAST = 1 << 19, 4
+# On a GPU more examples at once are no faster, and their activations no longer fit: token ids are small inputs.
+GPU_MOST = 1024
 
 OUTPUTS = ("auto", "logits", "probabilities", "raw")
 # Rows of probabilities add up to 1 within the rounding of bfloat16.
@@ -76,7 +78,7 @@ class Forwards:
         size = self.inputs[0].numel() * self.inputs.element_size()
         most = max(1, self.memory_budget // (COPIES * size))
         if self.inputs.is_cuda:
-            return most
+            return min(most, GPU_MOST)
         return min(most, 1 << (max(CPU_LEAST, CPU_BYTES // size).bit_length() - 1))
 
     def chunks(self, total: int) -> Iterator[slice]:
@@ -95,7 +97,7 @@ class Forwards:
             for a in self.additional_forward_args
         ]
         with torch.no_grad():
-            outputs = class_scores(self.forward(x, *extra))
+            outputs = class_scores(self.forward(x, *extra)).to(x.device)  # the model may live elsewhere
         if outputs.dim() not in (1, 2) or outputs.shape[0] != x.shape[0] or 0 in outputs.shape[1:]:
             raise ValueError(
                 f"forward: expected outputs of shape ({x.shape[0]}, C) or ({x.shape[0]},), got {check.shape_of(outputs)}"

@@ -251,7 +251,7 @@ class _Subject:
     def scores(self, x: Tensor, chunks: list[slice]) -> Tensor:
         """Class scores (B, C), or (B,)."""
         with torch.no_grad():
-            scores = torch.cat([class_scores(self.forward(unshared(x[rows]))).clone() for rows in chunks])
+            scores = torch.cat([class_scores(self.forward(unshared(x[rows]))).clone() for rows in chunks]).to(x.device)
         if scores.ndim not in (1, 2) or len(scores) != len(x) or 0 in scores.shape:
             raise ValueError(f"forward: expected scores of shape ({len(x)}, C) or ({len(x)},), got {check.shape_of(scores)}")
         return scores[:, 0] if scores.ndim == 2 and scores.shape[1] == 1 else scores

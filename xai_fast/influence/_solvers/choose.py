@@ -42,7 +42,8 @@ def _gb(count: float) -> str:
 def free_memory(device: torch.device) -> float:
     """Bytes, of the device or of this machine."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, in torch's hands
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):  # not known on this system
