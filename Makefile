@@ -42,7 +42,7 @@ $(VENV)/.peers: $(VENV)/.installed
 	touch $@
 
 bench: build peers $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks -s $(BENCH_ARGS)
 $(VENV)/.bench: $(VENV)/.peers
 	$(PIP) --upgrade --no-deps --target $(VENV)/peers fast-vit-rollout opencv-python-headless dattri pyDVL quantus $(PYDVL_NEEDS)
 	touch $@

@@ -21,7 +21,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -36,10 +37,10 @@ def alternate(peers: dict[str, Callable[[], object]], rounds: int = 9, seconds: 
         if done >= 3 and time.perf_counter() - started > seconds:
             break
         for name, call in peers.items():
-            _synchronize()
+            synchronize()
             begin = time.perf_counter()
             call()
-            _synchronize()
+            synchronize()
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}
 

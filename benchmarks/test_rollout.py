@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import xai_fast as xf
-from benchmarks.harness import Table, alternate
+from benchmarks.harness import Table, alternate, synchronize
 from benchmarks.peers.eager_chain import eager_rollout
 from benchmarks.peers.fast_vit_rollout import fast_vit_rollout
 from benchmarks.peers.flex_rows import flex_rows
@@ -167,12 +167,15 @@ def test_capture(table: Table) -> None:
     assert torch.equal(inside, model(pixels).last_hidden_state)
     times: dict[str, list[float]] = {"plain": [], "inside capture_attention": [], "entering and leaving it": []}
     for _ in range(100):
+        synchronize()
         begin = time.perf_counter()
         model(pixels)
+        synchronize()
         plain = time.perf_counter()
         with xf.capture_attention(model):
             entered = time.perf_counter()
             model(pixels)
+            synchronize()
             done = time.perf_counter()
         end = time.perf_counter()
         for name, seconds in zip(times, (plain - begin, done - entered, entered - plain + end - done), strict=True):

@@ -22,7 +22,8 @@ def _compiled() -> object:
 
 def _lse(query: Tensor, key: Tensor) -> Tensor:
     if query.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, key)[1]
+        # The flash form takes 16-bit inputs alone; this one pads the queries.
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, key, None, True)[1][..., : query.shape[2]]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key)[1]
 
 
