@@ -329,17 +329,22 @@ def infidelity(
     spread = features.at_positions(features.scores)[:, None, :, None].expand(-1, *features.layout)
     given = spread.reshape(len(inputs), -1).double()
     original, read = _original(run, target, outputs)
+    original = original.double()
     perturbed = _perturber(run.inputs, given, perturb_func, baselines, radius, draw_seed(generator))
-    sums = torch.zeros(4, len(inputs), dtype=torch.float64, device=inputs.device)
+    sums = torch.zeros(3 if normalize else 1, len(inputs), dtype=torch.float64, device=inputs.device)
     for part in run.chunks(len(inputs) * count):
         sample, draw = _examples(part, count, inputs.device)
         predicted, x = perturbed(sample, draw)
-        drop = original[sample].double() - read(run(x, sample), sample).double()
-        products = [predicted**2, predicted * drop, drop**2, (predicted - drop) ** 2]
-        sums.index_add_(1, sample, torch.stack(products))
-    own, cross, other, error = sums
+        drop = original[sample] - read(run(x, sample), sample).double()
+        if normalize:
+            sums.index_add_(1, sample, torch.stack([predicted**2, predicted * drop, drop**2]))
+        else:
+            sums[0].index_add_(0, sample, (predicted - drop) ** 2)
     if normalize:  # sum (beta p - d)^2 at its smallest
+        own, cross, other = sums
         error = (other - torch.where(own == 0, 0.0, cross * cross / own)).clamp_min(0)
+    else:
+        error = sums[0]
     return (error / count).to(features.scores.dtype)
 
 
