@@ -15,6 +15,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -91,15 +92,20 @@ inline void check_tensor(const Tensor& x, at::IntArrayRef shape, at::ScalarType 
   TORCH_CHECK_VALUE(x.device() == like.device(), name, ": expected device ", like.device(), ", got ", x.device());
 }
 
-// Places among `below`. A look at those on the GPU would wait for it and end a graph capture; where nobody looked in Python
-// (xai_fast/ops does, but not in compiled code) the device stops before it reads out of bounds.
-inline void check_places(const Tensor& places, int64_t below, const char* name) {
-  if (places.numel() == 0) return;
-  const auto [low, high] = at::aminmax(places);
-  if (places.is_cuda())
+// Places among `below`, int64 and checked by check_tensor. A look at those on the GPU would wait for it and end a graph
+// capture; where nobody looked in Python (xai_fast/ops does, but not in compiled code) the device stops before it reads out
+// of bounds.
+inline void check_places(const Tensor& places_in, int64_t below, const char* name) {
+  if (places_in.numel() == 0) return;
+  if (places_in.is_cuda()) {
+    const auto [low, high] = at::aminmax(places_in);
     return at::_assert_async(low.ge(0).logical_and_(high.lt(below)), std::string(name) + ": out of range");
-  TORCH_CHECK_VALUE(low.item<int64_t>() >= 0 && high.item<int64_t>() < below, name, ": expected numbers from 0 to ",
-                    below - 1);
+  }
+  const Tensor places = places_in.contiguous();
+  const int64_t* const first = places.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(first, first + places.numel());
+  TORCH_CHECK_VALUE(*low >= 0 && *high < below, name, ": expected numbers from 0 to ", below - 1, ", got ", *low, " to ",
+                    *high);
 }
 
 inline void check_rows(const Tensor& rows, int64_t batch, int64_t tokens, const Tensor& like) {

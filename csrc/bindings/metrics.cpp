@@ -15,9 +15,9 @@ void check_matrix(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, name, ": expected shape (B, n), got ", x.sizes());
 }
 
-void check_sample(const Tensor& sample, int64_t examples, int64_t batch, const Tensor& like, const char* name = "sample") {
+void check_sample(const Tensor& sample, int64_t examples, int64_t below, const Tensor& like, const char* name = "sample") {
   check_tensor(sample, {examples}, at::kLong, like, name);
-  check_places(sample, batch, name);
+  check_places(sample, below, name);
 }
 
 Tensor rank_features(const Tensor& scores_in) {
@@ -91,6 +91,8 @@ Ball ball_of(const std::string& name) {
   TORCH_CHECK_VALUE(false, "ball: expected 'l2' or 'linf', got '", name, "'");
 }
 
+constexpr int64_t kDraws = int64_t{1} << 32;  // the noise counts them in 32 bits
+
 Tensor perturb(const Tensor& x_in, const Tensor& sample_in, const Tensor& draw_in, const std::string& ball, double radius,
                int64_t seed, int64_t first_sample) {
   check_matrix(x_in, "x");
@@ -98,7 +100,7 @@ Tensor perturb(const Tensor& x_in, const Tensor& sample_in, const Tensor& draw_i
   TORCH_CHECK_VALUE(sample_in.dim() == 1, "sample: expected shape (E), got ", sample_in.sizes());
   const int64_t examples = sample_in.size(0), entries = x_in.size(1);
   check_sample(sample_in, examples, x_in.size(0), x_in);
-  check_tensor(draw_in, {examples}, at::kLong, x_in, "draw");
+  check_sample(draw_in, examples, kDraws, x_in, "draw");
   const c10::DeviceGuard guard(x_in.device());
   const Tensor x = x_in.contiguous(), sample = sample_in.contiguous(), draw = draw_in.contiguous();
   const Tensor out = at::empty({examples, entries}, x.options());

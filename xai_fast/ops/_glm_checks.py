@@ -67,7 +67,7 @@ def row_indices(rows: Any, name: str, X: Tensor) -> Tensor:
     check.check_same_device(rows, name, X.device)
     if rows.dim() != 1 or rows.numel() == 0:
         raise ValueError(f"{name}: expected shape (rows,) with at least one row, got {check.shape_of(rows)}")
-    check.check_places(rows, name, X.shape[0], "rows")
+    check.check_places(rows, name, X.shape[0])
     return rows.contiguous()
 
 
