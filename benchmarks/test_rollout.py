@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import xai_fast as xf
 from benchmarks.harness import Table, alternate, synchronize
@@ -153,39 +157,53 @@ def test_streamed_memory(table: Table) -> None:
     )
 
 
+class EmptyMode(TorchFunctionMode):
+    """What torch itself takes for a function mode: the floor of any capture."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
 @torch.no_grad()
-def test_capture(table: Table) -> None:
-    """What a forward pass costs while it is captured: DINOv2 ViT-S/14, 224 px, one image."""
+def test_capture(table: Table, batch: int) -> None:
+    """What a forward pass costs while it is captured: DINOv2 ViT-S/14, 224 px."""
     try:
         model = load_dinov2().eval().to(DEVICE)
     except (ImportError, WeightsUnavailable) as error:
         pytest.skip(str(error))
-    pixels = torch.randn(1, 3, 224, 224, device=DEVICE)
+    pixels = torch.randn(batch, 3, 224, 224, device=DEVICE)
 
     with xf.capture_attention(model):
         inside = model(pixels).last_hidden_state
     assert torch.equal(inside, model(pixels).last_hidden_state)
-    times: dict[str, list[float]] = {"plain": [], "inside capture_attention": [], "entering and leaving it": []}
-    for _ in range(100):
+    times: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, context: AbstractContextManager[Any]) -> None:
         synchronize()
-        begin = time.perf_counter()
-        model(pixels)
-        synchronize()
-        plain = time.perf_counter()
-        with xf.capture_attention(model):
-            entered = time.perf_counter()
+        start = time.perf_counter()
+        with context:
+            begin = time.perf_counter()
             model(pixels)
             synchronize()
-            done = time.perf_counter()
-        end = time.perf_counter()
-        for name, seconds in zip(times, (plain - begin, done - entered, entered - plain + end - done), strict=True):
-            times[name].append(seconds)
-    medians = {name: statistics.median(values[10:]) for name, values in times.items()}
-    for name, seconds in medians.items():
+            end = time.perf_counter()
+        times[name].append(end - begin)
+        times[f"{name}: entering and leaving"].append(begin - start + time.perf_counter() - end)
+
+    captured, empty = "inside capture_attention", "inside an empty function mode of torch"
+    for _ in range(100 if batch == 1 else 30):
+        timed("plain", nullcontext())
+        timed(captured, xf.capture_attention(model))
+        timed(empty, EmptyMode())
+    for name in ("plain", captured, f"{captured}: entering and leaving", empty):
+        pairs = list(zip(times[name], times["plain"], strict=True))[3:]
         table.add(
-            case="forward pass of DINOv2 ViT-S/14, 224 px, batch 1",
+            case=f"forward pass of DINOv2 ViT-S/14, 224 px, batch {batch}",
             method=name,
-            **{"ms": ms(seconds), "relative to plain": f"{seconds / medians['plain']:.3f}"},
+            **{
+                "ms": ms(statistics.median(seconds for seconds, _ in pairs)),
+                "relative to plain": f"{statistics.median(seconds / plain for seconds, plain in pairs):.3f}",
+            },
         )
 
 
