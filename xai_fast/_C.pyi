@@ -34,6 +34,7 @@ def attention_relevance(
     lam: float,
     eps: float,
     gradient_form: bool,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def targeted_rows(
     query: Tensor,

@@ -111,8 +111,9 @@ Tensor score_result(const Tensor& like, double lam, bool gradient_form) {
 std::tuple<Tensor, Tensor, Tensor> attention_relevance(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in,
                                                        const Tensor& upstream_in, const OptionalTensor& output_in,
                                                        const OptionalTensor& mask_in, std::optional<double> scale,
-                                                       bool is_causal, double lam, double eps, bool gradient_form) {
-  check_scores(query_in, key_in, mask_in, std::nullopt);
+                                                       bool is_causal, double lam, double eps, bool gradient_form,
+                                                       const OptionalTensor& lse_in) {
+  check_scores(query_in, key_in, mask_in, lse_in);
   check_value(value_in, query_in.size(0), key_in.size(1), key_in.size(2), query_in);
   const auto shape = {query_in.size(0), query_in.size(1), query_in.size(2), value_in.size(3)};
   check_shape(upstream_in, shape, query_in, "relevance");
@@ -128,6 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_relevance(const Tensor& query_in, c
   p.value = view_of(value);
   p.upstream = view_of(upstream);
   if (output_in) p.output = view_of(output);
+  const Tensor lse = lse_in ? in_dtype(*lse_in, accumulate_type(query)).contiguous() : Tensor();
+  p.lse = pointer_or_null(lse);
   p.query_out = lam == 0 ? nullptr : query_out.mutable_data_ptr();
   p.key_out = lam == 0 ? nullptr : key_out.mutable_data_ptr();
   p.value_out = value_out.mutable_data_ptr();
@@ -448,7 +451,10 @@ Tensor linear_relevance(const Tensor& x_in, const Tensor& weight_in, const Optio
 
 void bind_relevance(pybind11::module_& m) {
   bind_op(m, "av_relevance", &av_relevance);
-  bind_op(m, "attention_relevance", &attention_relevance);
+  using pybind11::arg;
+  bind_op(m, "attention_relevance", &attention_relevance, arg("query"), arg("key"), arg("value"), arg("upstream"),
+          arg("output"), arg("attn_mask"), arg("scale"), arg("is_causal"), arg("lam"), arg("eps"), arg("gradient_form"),
+          arg("lse") = pybind11::none());
   bind_op(m, "targeted_rows", &targeted_rows);
   bind_op(m, "softmax_relevance", &softmax_relevance);
   bind_op(m, "skip_relevance", &skip_relevance);

@@ -165,6 +165,22 @@ def test_attention_forms(implementation: Implementation, dtype: torch.dtype, eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("off", [0.0, 0.7])
+def test_attention_with_lse(implementation: Implementation, dtype: torch.dtype, off: float) -> None:
+    """As given: rows of P that do not sum to 1 show that it is used."""
+    problem = attention_problem((2, 4, 2, 25, 25, 16, 24), dtype)
+    mask = torch.rand(2, 1, 1, 25) > 0.3
+    scores = (problem[0].double() @ problem[1].double().repeat_interleave(2, 1).transpose(-1, -2)) / 4
+    causal = torch.ones(25, 25, dtype=torch.bool).tril()
+    scores = scores.masked_fill(~(mask & causal), -math.inf)
+    lse = scores.logsumexp(-1).to(reference.accumulate_dtype(dtype)) + off
+    output = (scores.softmax(-1).nan_to_num() @ problem[2].double().repeat_interleave(2, 1)).to(dtype)
+    for given in (None, output):
+        check(implementation, "attention_relevance", *problem, given, mask, None, True, 0.5, 0.1, False, lse)
+    check(implementation, "attention_relevance", *problem, None, mask, None, True, 0.0, 0.1, True, lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_values_of_both_signs(implementation: Implementation, dtype: torch.dtype) -> None:
     problem = attention_problem((1, 4, 2, 21, 30, 24, 16), dtype, signed=True)
     check(implementation, "attention_relevance", *problem, None, None, None, True, 0.5, 0.1, False)

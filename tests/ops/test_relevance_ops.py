@@ -175,6 +175,19 @@ def test_fused_attention_equals_its_parts(eps: float, causal: bool, lam: float) 
         torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9 * float(e.abs().max().clamp_min(1)))
 
 
+def test_what_fused_attention_returns_is_taken() -> None:
+    """O and the log sum exp of PyTorch's own kernel."""
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+    relevance = torch.randn(2, 4, 9, 8)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
+    found = xf.ops.attention_relevance(query, key, value, relevance, is_causal=True, output=output, lse=lse)
+    wanted = xf.ops.attention_relevance(query, key, value, relevance, is_causal=True)
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-4 * float(w.abs().max()))
+    with pytest.raises(ValueError, match=r"^lse: expected shape \(B, H, N\) = \(2, 4, 9\), got \(2, 4, 8\)$"):
+        xf.ops.attention_relevance(query, key, value, relevance, lse=lse[..., 1:])
+
+
 def test_gradient_form_is_relevance_over_input() -> None:
     query, key, value, relevance = (t.double() for t in qkv())
     out = rollout_reference.attention_probabilities(query, key, None, None, None, False) @ value.repeat_interleave(2, 1)
@@ -231,6 +244,10 @@ CALLS: list[tuple[Any, Any]] = [
         lambda: (*qkv(), None, torch.rand(2, 1, 9, 7) > 0.3, None, True, 0.5, 0.1, False),
     ),
     (fused_attention._attention_relevance, lambda: (*qkv(), None, None, None, False, 0.0, 0.1, True)),
+    (
+        fused_attention._attention_relevance,
+        lambda: (*qkv(), torch.randn(2, 4, 9, 6), None, None, False, 0.5, 0.1, False, torch.rand(2, 4, 9) + 2),
+    ),
     (
         fused_attention._targeted_rows,
         lambda: (*targeted_inputs(), None, None, None, None, None, True, "mean", True, 1.0, True, 0.5, 0.1),

@@ -21,7 +21,7 @@ _C = _backend.C
 
 _ATTENTION_ARGS = (
     "Tensor query, Tensor key, Tensor value, Tensor upstream, Tensor? output, Tensor? attn_mask, float? scale, "
-    "bool is_causal, float lam, float eps, bool gradient_form"
+    "bool is_causal, float lam, float eps, bool gradient_form, Tensor? lse=None"
 )
 
 
@@ -61,6 +61,7 @@ def attention_relevance(
     lam: float = 0.5,
     eps: float = 1e-6,
     output: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Relevance of fused attention O = softmax(s Q K^T + M) V to Q, K and V, with no attention matrix anywhere.
 
@@ -91,6 +92,8 @@ def attention_relevance(
         Stabiliser of both products, at least 0.
     output : Tensor, shape (B, H, Nq, Dv), optional
         O, if it is known; saves one of the products.
+    lse : Tensor, shape (B, H, Nq), optional
+        log sum exp of the masked and scaled scores, as fused attention returns it; on a GPU it saves another product.
 
     Returns
     -------
@@ -121,7 +124,9 @@ def attention_relevance(
     shape = (*query.shape[:3], value.shape[3])
     check.check_like(relevance, "relevance", shape, query)
     options = rules.attention_options(query, key, output, attn_mask, scale, is_causal, lam, eps, shape)
-    return _run_attention(query, key, value, relevance, *options, False)
+    if lse is not None:
+        check.check_lse(lse, query)
+    return _run_attention(query, key, value, relevance, *options, False, lse)
 
 
 def targeted_rows(

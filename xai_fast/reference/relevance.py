@@ -233,12 +233,13 @@ def attention_relevance(
     lam: float,
     eps: float,
     gradient_form: bool,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The AV rule, the Taylor rule of the softmax and the epsilon rule of (s q) k^T, one after the other.
 
     With lam = 0 nothing flows to q and k, and tensors without elements stand for their gradients in gradient form.
     """
-    probs = attention_probabilities(query, key, attn_mask, None, scale, is_causal)
+    probs = attention_probabilities(query, key, attn_mask, lse, scale, is_causal)
     heads, groups = query.shape[1], key.shape[1]
     q, k, v = _wide(query), _wide(key), _wide(value)
     k_heads, v_heads = _per_head(k, heads), _per_head(v, heads)
