@@ -6,6 +6,8 @@
 //   b (8 columns x 8 words) b[0] = (g, t)   b[1] = (g, t + 4)
 //   d (16 rows x 8 columns) d[0] = (g, 2t)  d[1] = (g, 2t + 1)  d[2] = (g + 8, 2t)  d[3] = (g + 8, 2t + 1)
 #pragma once
+#include <type_traits>
+
 #include "launch.cuh"
 
 namespace xai {
@@ -133,38 +135,25 @@ __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_
 // BYTES = 16, 8, 4 or 2 at an aligned address, in one instruction. A memcpy is not: where the other branch moves the same
 // elements one by one, nvcc merges the two and moves words.
 template <size_t BYTES>
-struct WholeOf;
-template <>
-struct WholeOf<16> {
-  using type = uint4;
-};
-template <>
-struct WholeOf<8> {
-  using type = uint2;
-};
-template <>
-struct WholeOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct WholeOf<2> {
-  using type = uint16_t;
-};
+using Whole =
+    std::conditional_t<BYTES == 16, uint4,
+                       std::conditional_t<BYTES == 8, uint2, std::conditional_t<BYTES == 4, uint32_t, uint16_t> > >;
 template <size_t BYTES>
 __device__ __forceinline__ void load_whole(void* to, const void* from) {
-  const auto whole = *static_cast<const typename WholeOf<BYTES>::type*>(from);
+  const auto whole = *static_cast<const Whole<BYTES>*>(from);
   memcpy(to, &whole, BYTES);
 }
 template <size_t BYTES>
 __device__ __forceinline__ void store_whole(void* to, const void* from) {
-  typename WholeOf<BYTES>::type w;
+  Whole<BYTES> w;
+  static_assert(sizeof w == BYTES);
   memcpy(&w, from, BYTES);
   if constexpr (BYTES == 16)
     asm volatile("st.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
   else if constexpr (BYTES == 8)
     asm volatile("st.v2.b32 [%0], {%1,%2};" ::"l"(to), "r"(w.x), "r"(w.y) : "memory");
   else
-    *static_cast<typename WholeOf<BYTES>::type*>(to) = w;
+    *static_cast<Whole<BYTES>*>(to) = w;
 }
 // The same into shared memory.
 __device__ __forceinline__ void store_shared_16(void* to, const void* from) {

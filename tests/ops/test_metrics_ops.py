@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import xai_fast as xf
 from tests.implementations import assert_number_of_threads_does_not_matter, assert_same_bits
+from xai_fast import _backend
 from xai_fast.ops import metrics as ops
 from xai_fast.reference import metrics as reference
 
@@ -261,6 +262,15 @@ def test_bad_input(case: int) -> None:
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_places_are_checked_where_no_kernel_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled module the reference would count -1 from the end."""
+    monkeypatch.setattr(_backend, "C", None)
+    for places in (SAMPLE - 1, SAMPLE + 1):
+        low, high = int(places.min()), int(places.max())
+        with pytest.raises(ValueError, match=f"^sample: expected numbers from 0 to 2, got {low} to {high}$"):
+            xf.ops.perturb(X, **NOISE | {"sample": places})
 
 
 def test_compiled_module_refuses_what_would_crash() -> None:
