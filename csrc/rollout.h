@@ -49,6 +49,30 @@ struct FuseHeads {
 void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end);  // items: the B*N rows
 const char* launch_fuse_heads(const FuseHeads& p, void* stream);
 
+// ---- many rows, attention given, on a CPU with a matrix unit -----------------------------------------------------------
+//   out[b] = rows[b] Abar[b], as the row step. The operands exist as operands of the unit only: `fuse_items` of one layer
+//   make `fused` of its attention, then `items` make `next`, the left operand of the following layer, or in the last layer
+//   `out`.
+struct RowProduct {
+  View4 attention;    // (B,H,N,N) of `dtype`, column stride 1
+  void *rows, *next;  // rows_bytes each, 64-byte aligned, of which row_product_split_cpu fills the first `rows`
+  void* fused;        // fused_bytes, 64-byte aligned
+  void* out;          // (B,R,N) contiguous, float; null before the last layer
+  int64_t batch, heads, tokens, n_rows;
+  double residual;
+  bool normalize;
+  Fusion fusion;
+  Dtype dtype;  // not f64
+};
+struct RowProductPlan {
+  int64_t split_items, fuse_items, items, rows_bytes, fused_bytes;
+};
+bool has_row_product_cpu(Dtype dtype);
+RowProductPlan row_product_plan_cpu(const RowProduct& p);
+void row_product_split_cpu(const RowProduct& p, const void* rows, int64_t begin, int64_t end);  // rows (B,R,N) of float
+void row_product_fuse_cpu(const RowProduct& p, int64_t begin, int64_t end);
+void row_product_cpu(const RowProduct& p, int64_t begin, int64_t end);
+
 // ---- row step, streamed from q and k -------------------------------------------------------------------------------------
 //   out[b,r,:] = w c[b,r,:] + sum_i c[b,r,i] fuse_h P[b,h,i,:],     c[b,r,i] = rows_factor rows[b,r,i],   Nq = Nk = N
 // mean and sum: the caller has divided by the row sums of Abar, which are known before any score is computed (in rows_factor

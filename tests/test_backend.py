@@ -74,10 +74,10 @@ def test_show_config_modes(capsys: pytest.CaptureFixture[str]) -> None:
         xf.show_config(mode="json")
 
 
-@pytest.mark.parametrize("capability", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["base", "avx2", "avx512", "amx"])
 def test_cpu_capability_can_be_lowered(capability: str) -> None:
     best = xf.show_config(mode="dict")["CPU capability"]
-    order = ["base", "avx2", "avx512"]
+    order = ["base", "avx2", "avx512", "amx"]
     environment = {**os.environ, "XAI_FAST_CPU": capability}
     code = "import torch; from xai_fast import _C; print(_C.cpu_capability())"
     done = subprocess.run(

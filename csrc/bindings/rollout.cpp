@@ -4,6 +4,9 @@
 #include <ATen/ops/any.h>
 #include <ATen/ops/full.h>
 
+#include <utility>
+#include <vector>
+
 #include "common.h"
 
 namespace xai {
@@ -46,6 +49,65 @@ Tensor rollout_rows(const Tensor& attention_in, const Tensor& rows_in, const std
     const pybind11::gil_scoped_release release;
     parallel(batch * slots, double(attention.numel()), [&](int64_t i, int64_t j) { row_step_cpu(p, i, j); });
     parallel(batch * n_rows, double(partial.numel()), [&](int64_t i, int64_t j) { add_slots_cpu(p, i, j); });
+  }
+  return in_dtype(out, rows_in.scalar_type());
+}
+
+bool has_row_product(const Tensor& attention) { return !on_gpu(attention) && has_row_product_cpu(dtype_of(attention)); }
+
+// rows (B,R,N) times Abar of one layer after the other, for the samples [first, first + count).
+// run(items, work) does the work items of a step.
+template <class Run>
+void multiply_layers(RowProduct p, const std::vector<Tensor>& layers, const Tensor& rows, const Tensor& out, int64_t first,
+                     int64_t count, Run run) {
+  p.batch = count;
+  const RowProductPlan plan = row_product_plan_cpu(p);
+  const Tensor workspace = at::empty({2 * plan.rows_bytes + plan.fused_bytes}, rows.options().dtype(at::kByte));
+  p.rows = workspace.mutable_data_ptr();
+  p.next = static_cast<char*>(p.rows) + plan.rows_bytes;
+  p.fused = static_cast<char*>(p.next) + plan.rows_bytes;
+  const int64_t offset = first * p.n_rows * p.tokens;
+  const float* const from = rows.const_data_ptr<float>() + offset;
+  run(plan.split_items, [&](int64_t i, int64_t j) { row_product_split_cpu(p, from, i, j); });
+  for (size_t k = 0; k < layers.size(); ++k) {
+    p.attention = view_of(layers[k]);
+    p.attention.data = static_cast<const char*>(p.attention.data) + first * p.attention.batch * layers[k].element_size();
+    p.heads = layers[k].size(1);
+    p.dtype = dtype_of(layers[k]);
+    if (k + 1 == layers.size()) p.out = out.mutable_data_ptr<float>() + offset;
+    run(plan.fuse_items, [&](int64_t i, int64_t j) { row_product_fuse_cpu(p, i, j); });
+    run(plan.items, [&](int64_t i, int64_t j) { row_product_cpu(p, i, j); });
+    std::swap(p.rows, p.next);
+  }
+}
+
+// rollout_rows of many rows by one layer after the other, where has_row_product of each.
+Tensor row_product(const std::vector<Tensor>& layers_in, const Tensor& rows_in, const std::string& head_fusion,
+                   double residual, bool normalize) {
+  TORCH_CHECK_VALUE(!layers_in.empty(), "layers: expected at least one");
+  std::vector<Tensor> layers;
+  for (const Tensor& layer : layers_in) {
+    check_square_4d(layer, "attention");
+    check_rows(rows_in, layer.size(0), layer.size(2), layer);
+    TORCH_CHECK(has_row_product(layer), "row_product: no matrix unit for this device and dtype");
+    layers.push_back(with_unit_columns(layer));
+  }
+  const Tensor rows = rows_for(rows_in, layers[0]), out = at::empty(rows.sizes(), rows.options());
+  RowProduct p{};
+  p.n_rows = rows.size(1), p.tokens = rows.size(2);
+  p.residual = residual, p.normalize = normalize, p.fusion = fusion_of(head_fusion);
+  const int64_t batch = rows.size(0);
+  if (out.numel() > 0) {
+    const pybind11::gil_scoped_release release;
+    const auto alone = [](int64_t items, auto work) { work(0, items); };
+    const auto together = [](int64_t items, auto work) { at::parallel_for(0, items, 1, work); };
+    if (batch < at::get_num_threads()) {
+      multiply_layers(p, layers, rows, out, 0, batch, together);
+    } else {  // a sample's operands stay in the cache of its thread from layer to layer
+      at::parallel_for(0, batch, 1, [&](int64_t i, int64_t j) {
+        for (; i < j; ++i) multiply_layers(p, layers, rows, out, i, 1, alone);
+      });
+    }
   }
   return in_dtype(out, rows_in.scalar_type());
 }
@@ -148,6 +210,8 @@ Tensor rollout_rows_qk(const Tensor& query_in, const Tensor& key_in, const Tenso
 
 void bind_rollout(pybind11::module_& m) {
   bind_op(m, "rollout_rows", &rollout_rows);
+  m.def("has_row_product", &has_row_product);
+  bind_op(m, "row_product", &row_product);
   bind_op(m, "fuse_heads", &fuse_heads);
   bind_op(m, "rollout_rows_qk", &rollout_rows_qk);
 }

@@ -20,6 +20,16 @@ inline int64_t pieces_of(int64_t x, int64_t size) { return (x + size - 1) / size
 // sets.
 inline int64_t panel_pitch_of(int64_t n, int64_t panel_columns) { return (pieces_of(n, panel_columns) | 1) * panel_columns; }
 
+// f(i) for the share of `slot` among `count` items that `slots` take in turn, forth and back: where items grow, as the
+// blocks of causal attention do, shares stay equal.
+template <class F>
+void take_turns(int64_t slot, int64_t slots, int64_t count, F f) {
+  for (int64_t round = 0; round * slots < count; ++round) {
+    const int64_t i = round * slots + (round % 2 ? slots - 1 - slot : slot);
+    if (i < count) f(i);
+  }
+}
+
 inline int64_t accumulate_bytes(Dtype d) { return d == Dtype::f64 ? 8 : 4; }
 
 }  // namespace xai

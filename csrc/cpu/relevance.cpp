@@ -7,27 +7,23 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "blocks.h"
 #include "simd.h"
 
-#ifdef XAI_X86_BODIES
-#include <immintrin.h>
-#endif
-
 namespace xai {
 namespace {
 
-constexpr int64_t kRelevanceBlock = 48;  // queries that are worked on together; a multiple of every body's register tile
-constexpr int64_t kKeyBlock = 64;        // keys that are worked on together: whole panels
-constexpr int64_t kItemsWanted = 12;     // work items per call, if there are queries enough; units alone often are
-constexpr int64_t kBlocksPerSlot = 4;    // at least; every slot packs the keys and has its own partial result
+constexpr int64_t kKeyBlock = 64;         // keys that are worked on together: whole panels
+constexpr int64_t kItemsWanted = 12;      // work items per call, if there are queries enough; units alone often are
+constexpr int64_t kQueriesPerSlot = 192;  // at least; every slot packs the keys and has its own partial result
 
 // A key head of one sample is a unit; its queries are cut into slots when there are few units.
 int64_t slots_of(int64_t units, int64_t queries) {
   const int64_t wanted = pieces_of(kItemsWanted, std::max<int64_t>(units, 1));
-  return std::max<int64_t>(1, std::min(wanted, queries / (kRelevanceBlock * kBlocksPerSlot)));
+  return std::max<int64_t>(1, std::min(wanted, queries / kQueriesPerSlot));
 }
 
 int64_t av_slots(const AvRelevance& p) { return slots_of(p.batch * p.kv_heads, p.queries); }
@@ -73,6 +69,7 @@ struct Bodies {
   Body<LinearReturn> linear_return;
 };
 
+#define XAI_WITH_MATRIX_UNIT 1
 #define XAI_BODIES(ISA)                                                                            \
   {ISA::av_relevance,      ISA::av_reduce,        ISA::attention_relevance, ISA::attention_reduce, \
    ISA::targeted_sums,     ISA::targeted_factors, ISA::targeted_rows,       ISA::targeted_reduce,  \

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "blocks.h"
@@ -24,31 +26,37 @@ int64_t slots_for(int64_t batch, int64_t pieces) {
   return std::max<int64_t>(1, std::min({wanted, kSlotsMost, pieces}));
 }
 
-// Rows of the score block: a multiple of every body's register tile.
-constexpr int64_t kQueryBlock = 24;
+constexpr int64_t kQueriesPerSlot = 24;  // at least
+
+// Panels of keys as the chosen body packs them.
+struct KeyPanels {
+  int64_t columns, bytes;
+};
+KeyPanels key_panels(Dtype dtype, int64_t dim);
 
 // Where things lie in the workspace of a streamed step. `Unit` is a key head of one sample.
 struct StreamLayout {
-  int64_t panel_columns, panels, unit_elements, units_per_group, groups, slots;
+  KeyPanels panel;
+  int64_t panels, unit_bytes, units_per_group, groups, slots;
   int64_t active_at, count_at, partial_at, packed_at, bytes;  // offsets in bytes
 
   explicit StreamLayout(const StreamedRowStep& p) {
     const int64_t size = accumulate_bytes(p.dtype);
     const int64_t units = p.batch * p.kv_heads;
-    panel_columns = panel_columns_of(size);
-    panels = pieces_of(p.tokens, panel_columns);
-    unit_elements = panels * panel_columns * p.dim;
-    units_per_group = std::max<int64_t>(1, kPackBytes / std::max<int64_t>(1, unit_elements * size));
+    panel = key_panels(p.dtype, p.dim);
+    panels = pieces_of(p.tokens, panel.columns);
+    unit_bytes = panels * panel.bytes;
+    units_per_group = std::max<int64_t>(1, kPackBytes / std::max<int64_t>(1, unit_bytes));
     // max and min fuse the heads inside a tile, so a group holds whole samples.
     if (p.fusion == Fusion::max || p.fusion == Fusion::min) units_per_group = round_up(units_per_group, p.kv_heads);
     units_per_group = std::min(units_per_group, std::max<int64_t>(units, 1));
     groups = (units + units_per_group - 1) / units_per_group;
-    slots = slots_for(p.batch, p.heads * ((p.tokens + kQueryBlock - 1) / kQueryBlock));
+    slots = slots_for(p.batch, p.heads * pieces_of(p.tokens, kQueriesPerSlot));
     active_at = 0;
     count_at = round_up(active_at + p.batch * p.tokens * int64_t{8}, 64);
     partial_at = round_up(count_at + p.batch * int64_t{8}, 64);
     packed_at = round_up(partial_at + p.batch * slots * p.n_rows * p.tokens * size, 64);
-    bytes = packed_at + units_per_group * unit_elements * size;
+    bytes = packed_at + units_per_group * unit_bytes;
   }
 
   template <class T>
@@ -59,7 +67,12 @@ struct StreamLayout {
   int64_t* count(const StreamedRowStep& p) const { return at<int64_t>(p, count_at); }
 };
 
+// The matrix unit's product of many rows with Abar: the rows of Abar that one work item builds, and how much of Abar one
+// item of the product reads.
+constexpr int64_t kBuildRows = 32, kProductBytes = 1 << 20;
+
 struct Bodies {
+  KeyPanels (*key_panels)(Dtype, int64_t);
   void (*row_step)(const RowStep&, int64_t, int64_t);
   void (*add_slots)(const RowStep&, int64_t, int64_t);
   void (*fuse_heads)(const FuseHeads&, int64_t, int64_t);
@@ -67,14 +80,22 @@ struct Bodies {
   void (*pack)(const StreamedRowStep&, int64_t, int64_t, int64_t);
   void (*step)(const StreamedRowStep&, int64_t, int64_t, int64_t);
   void (*reduce)(const StreamedRowStep&, int64_t, int64_t);
+  RowProductPlan (*product_plan)(const RowProduct&);  // null without a matrix unit, as the next three
+  void (*product_split)(const RowProduct&, const void*, int64_t, int64_t);
+  void (*product_fuse)(const RowProduct&, int64_t, int64_t);
+  void (*product)(const RowProduct&, int64_t, int64_t);
 };
 
-#define XAI_BODIES(ISA)                                                                \
-  {ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,     ISA::streamed_prepare, \
-   ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce}
+#define XAI_WITH_MATRIX_UNIT 1
+#define XAI_BODIES(ISA)                                                                 \
+  {ISA::stream_panels,    ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,      \
+   ISA::streamed_prepare, ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce, \
+   ISA::kProductPlan,     ISA::kProductSplit, ISA::kProductFuse,  ISA::kProduct}
 
 #define XAI_BODY_FILE "rollout.inc"
 #include "bodies.inc"
+
+KeyPanels key_panels(Dtype dtype, int64_t dim) { return bodies().key_panels(dtype, dim); }
 
 }  // namespace
 
@@ -85,6 +106,18 @@ void row_step_cpu(const RowStep& p, int64_t begin, int64_t end) { bodies().row_s
 void add_slots_cpu(const RowStep& p, int64_t begin, int64_t end) { bodies().add_slots(p, begin, end); }
 
 void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end) { bodies().fuse_heads(p, begin, end); }
+
+bool has_row_product_cpu(Dtype dtype) { return bodies().product != nullptr && dtype != Dtype::f64; }
+
+RowProductPlan row_product_plan_cpu(const RowProduct& p) { return bodies().product_plan(p); }
+
+void row_product_split_cpu(const RowProduct& p, const void* rows, int64_t begin, int64_t end) {
+  bodies().product_split(p, rows, begin, end);
+}
+
+void row_product_fuse_cpu(const RowProduct& p, int64_t begin, int64_t end) { bodies().product_fuse(p, begin, end); }
+
+void row_product_cpu(const RowProduct& p, int64_t begin, int64_t end) { bodies().product(p, begin, end); }
 
 StreamPlan streamed_plan_cpu(const StreamedRowStep& p) {
   const StreamLayout layout(p);

@@ -1,15 +1,36 @@
 #include "simd.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+
+#ifdef XAI_AMX_BODIES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace xai {
 
+static constexpr const char* kNames[] = {"base", "avx2", "avx512", "amx"};
+
+#ifdef XAI_AMX_BODIES
+// Linux hands out the tile registers, which make a thread's saved state 8 KB larger, to processes that ask for them.
+static bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 static Capability supported() {
 #ifdef XAI_X86_BODIES
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return Capability::avx512;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef XAI_AMX_BODIES
+  if (avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
+    return Capability::amx;
+#endif
+  if (avx512) return Capability::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::avx2;
 #endif
   return Capability::base;
@@ -18,9 +39,9 @@ static Capability supported() {
 static Capability choose() {
   const Capability best = supported();
   const char* wish = std::getenv("XAI_FAST_CPU");
-  if (wish && !std::strcmp(wish, "base")) return Capability::base;
-  if (wish && !std::strcmp(wish, "avx2") && best == Capability::avx512) return Capability::avx2;
-  return best;
+  if (!wish) return best;
+  const auto name = std::find_if(std::begin(kNames), std::end(kNames), [&](const char* n) { return !std::strcmp(n, wish); });
+  return name == std::end(kNames) ? best : std::min(best, Capability(name - std::begin(kNames)));
 }
 
 Capability cpu_capability() {
@@ -28,12 +49,6 @@ Capability cpu_capability() {
   return chosen;
 }
 
-const char* cpu_capability_name() {
-  switch (cpu_capability()) {
-    case Capability::avx512: return "avx512";
-    case Capability::avx2: return "avx2";
-    default: return "base";
-  }
-}
+const char* cpu_capability_name() { return kNames[int(cpu_capability())]; }
 
 }  // namespace xai

@@ -8,9 +8,10 @@
 
 namespace xai {
 
-enum class Capability { base, avx2, avx512 };
+// amx: avx512 and a matrix unit of bf16 tiles that the system lets this process use (see matrix_unit.inc).
+enum class Capability { base, avx2, avx512, amx };
 
-// The best body that this CPU supports; the environment variable XAI_FAST_CPU=base|avx2|avx512 lowers it (for tests).
+// The best body that this CPU supports; the environment variable XAI_FAST_CPU=base|avx2|avx512|amx lowers it (for tests).
 Capability cpu_capability();
 const char* cpu_capability_name();
 
@@ -45,4 +46,8 @@ inline constexpr double kExp2Double[] = {1.0,
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define XAI_X86_BODIES 1
+#include <immintrin.h>
+#if defined(__linux__) && __GNUC__ >= 11
+#define XAI_AMX_BODIES 1
+#endif
 #endif

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
 from ..ops.rollout import MANY_ROWS
@@ -17,10 +16,10 @@ from ._gradients import Tap, check_score, layer_gradients
 from ._layers import CapturedLayer
 from .rollout import (
     Token,
+    advance_by_matrix,
     check_discard_ratio,
     check_start_layer,
     finish,
-    layer_matrix,
     start_rows,
     token_indices,
 )
@@ -448,6 +447,7 @@ def _roll_targeted(
     options: dict[str, Any],
 ) -> Tensor:
     many = indices is None or len(indices) >= MANY_ROWS
+    fusing = {name: options[name] for name in ("head_fusion", "residual", "normalize")}
     rows = None if indices is None else _start(layers, indices, batch, tokens)
     for layer, grad, other in reversed(list(zip(layers, grads, modified, strict=True))):
         if rows is not None:
@@ -456,16 +456,15 @@ def _roll_targeted(
             rows = _tap(layer).advance(layer, rows, grad, other, options)
             continue
         weights = _tap(layer).weights(layer, grad, other)
-        matrix = ops.fuse_heads(
-            weights.clamp(min=0) if options["clamp"] else weights,
-            head_fusion=options["head_fusion"],
-            residual=options["residual"],
-            normalize=options["normalize"],
-            wide=True,
-        ).to(accumulate_dtype(layer.dtype))
-        rows = matrix if rows is None else torch.bmm(rows, matrix)
+        rows = _advance(rows, weights.clamp(min=0) if options["clamp"] else weights, 0.0, fusing)
     assert rows is not None
     return rows
+
+
+def _advance(rows: Tensor | None, attention: Tensor, discard_ratio: float, options: dict[str, Any]) -> Tensor:
+    if rows is not None:
+        rows = rows.to(attention.device, accumulate_dtype(attention.dtype))
+    return advance_by_matrix(rows, attention, discard_ratio, options)
 
 
 def _roll_rows(layers: list[CapturedLayer], indices: list[int], batch: int, tokens: int, options: dict[str, Any]) -> Tensor:
@@ -486,8 +485,7 @@ def _roll_matrices(
     """The same with the matrices built, one layer at a time; from the right end for all tokens."""
     rows = None if indices is None else _start(layers, indices, batch, tokens)
     for layer in reversed(layers):
-        matrix = layer_matrix(layer.probabilities(), discard_ratio=discard_ratio, **options)
-        rows = matrix if rows is None else torch.bmm(rows.to(matrix), matrix)
+        rows = _advance(rows, layer.probabilities(), discard_ratio, options)
     assert rows is not None
     return rows
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .._dtypes import accumulate_dtype
 from ..ops import _checks as check
-from ..ops._library import outside_autocast
-from ..ops.rollout import MANY_ROWS, fuse_heads, rollout_rows
+from ..ops.rollout import fuse_heads, rollout_layers, rollout_rows
 
 Token = int | Sequence[int] | Tensor | np.ndarray | None
 
@@ -88,13 +87,15 @@ def discard_smallest(fused: Tensor, ratio: float) -> Tensor:
     return torch.where(flat < _order_statistic(flat, dropped), 0, flat).view_as(fused)
 
 
-def layer_matrix(attention: Tensor, head_fusion: str, residual: float, normalize: bool, discard_ratio: float) -> Tensor:
-    """Abar (B, N, N) of one layer, accumulate type, its smallest fused entries dropped before the residual if asked."""
-    if discard_ratio == 0:
-        return fuse_heads(attention, head_fusion=head_fusion, residual=residual, normalize=normalize, wide=True)
-    fused = fuse_heads(attention, head_fusion=head_fusion, residual=0.0, normalize=False, wide=True)
-    kept = discard_smallest(fused, discard_ratio)
-    return fuse_heads(kept.unsqueeze(1), residual=residual, normalize=normalize)
+def advance_by_matrix(rows: Tensor | None, attention: Tensor, discard_ratio: float, options: dict[str, Any]) -> Tensor:
+    """rows Abar of one layer, accumulate type; Abar itself for None. The smallest fused entries are dropped if asked."""
+    if discard_ratio > 0:
+        fused = fuse_heads(attention, head_fusion=options["head_fusion"], residual=0.0, normalize=False, wide=True)
+        attention = discard_smallest(fused, discard_ratio).unsqueeze(1)
+        options = {**options, "head_fusion": "sum"}
+    if rows is None:
+        return fuse_heads(attention, wide=True, **options)
+    return rollout_rows(attention, rows, **options)
 
 
 def as_layers(attentions: Any) -> list[Tensor]:
@@ -220,34 +221,17 @@ def attention_rollout(
     residual = check.check_residual(residual, layers[0].dtype)
     options: dict[str, Any] = {"head_fusion": head_fusion, "residual": residual, "normalize": bool(normalize)}
 
-    wanted = layers[start_layer:]
-    many = indices is None or len(indices) >= MANY_ROWS
-    if many or discard_ratio > 0:
-        rows = _product_of_matrices(wanted, indices, batch, tokens, discard_ratio, options)
-    else:
-        rows = _product_of_rows(wanted, indices, batch, tokens, options)
+    rows = None if indices is None else start_rows(indices, batch, tokens, layers[0])
+    rows = _product(layers[start_layer:], rows, discard_ratio, options)
     if check_nan:
         _raise_if_nan(rows, layers, start_layer)
     return finish(rows, token, layers[0].dtype)
 
 
-def _product_of_rows(
-    layers: list[Tensor], indices: list[int] | None, batch: int, tokens: int, options: dict[str, Any]
-) -> Tensor:
-    rows = start_rows(indices, batch, tokens, layers[0])
-    for layer in reversed(layers):
-        rows = rollout_rows(layer, rows, **options)
-    return rows
-
-
-@outside_autocast
-def _product_of_matrices(
-    layers: list[Tensor], indices: list[int] | None, batch: int, tokens: int, discard_ratio: float, options: dict[str, Any]
-) -> Tensor:
-    """rows <- rows Abar^l for l = L..1 with the matrices built; from the right end for all tokens."""
-    rows: Tensor | None = None if indices is None else start_rows(indices, batch, tokens, layers[0])
-    for layer in reversed(layers):
-        matrix = layer_matrix(layer, discard_ratio=discard_ratio, **options)
-        rows = matrix if rows is None else torch.bmm(rows, matrix)
+def _product(layers: list[Tensor], rows: Tensor | None, discard_ratio: float, options: dict[str, Any]) -> Tensor:
+    """rows <- rows Abar^l for l = L..1; the whole product for None."""
+    remaining = layers[::-1]
+    while remaining and (rows is None or discard_ratio > 0):
+        rows = advance_by_matrix(rows, remaining.pop(0), discard_ratio, options)
     assert rows is not None
-    return rows
+    return rollout_layers(remaining, rows, **options)

@@ -25,10 +25,12 @@ _C = _backend.C
 
 
 def _rollout_rows_kernel(attention: Tensor, rows: Tensor, head_fusion: str, residual: float, normalize: bool) -> Tensor:
-    if rows.shape[1] >= MANY_ROWS:
-        fused = _C.fuse_heads(attention, head_fusion, residual, normalize, True)
-        return torch.bmm(rows.to(fused.dtype), fused).to(rows.dtype)
-    return _C.rollout_rows(attention, rows, head_fusion, residual, normalize)
+    if rows.shape[1] < MANY_ROWS:
+        return _C.rollout_rows(attention, rows, head_fusion, residual, normalize)
+    if _C.has_row_product(attention):
+        return _C.row_product([attention], rows, head_fusion, residual, normalize)
+    fused = _C.fuse_heads(attention, head_fusion, residual, normalize, True)
+    return torch.bmm(rows.to(fused.dtype), fused).to(rows.dtype)
 
 
 _rollout_rows = Op(
@@ -104,6 +106,21 @@ def rollout_rows(
     check.check_head_fusion(head_fusion)
     residual = check.check_residual(residual, attention.dtype)
     return _rollout_rows(attention, rows, head_fusion, residual, bool(normalize))
+
+
+def rollout_layers(layers: list[Tensor], rows: Tensor, *, head_fusion: str, residual: float, normalize: bool) -> Tensor:
+    """``rows`` (B, R, N) through :func:`rollout_rows` of one layer after the other; arguments are taken as checked.
+
+    On a CPU with a matrix unit many rows stay its operands from layer to layer.
+    """
+    options = (head_fusion, residual, normalize)
+    if rows.shape[1] >= MANY_ROWS and layers and not torch.compiler.is_compiling():
+        direct = _C is not None and _C.callable_directly((rows, *layers)) and all(map(_C.has_row_product, layers))
+        if direct:
+            return _C.row_product(layers, rows, *options)
+    for layer in layers:
+        rows = _rollout_rows(layer, rows, *options)
+    return rows
 
 
 def fuse_heads(
