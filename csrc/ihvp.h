@@ -113,7 +113,7 @@ const char* launch_sample_rows(int64_t* out, int64_t rows, int64_t count, uint64
 struct InfluenceScores : GlmRows {
   const void* delta;      // (n,C) of `accumulate`
   const void* solutions;  // (columns,params), columns = tests C
-  void* panels;           // workspace of the CPU kernels: scores_plan_cpu(p).panel_elements
+  void* panels;           // workspace of the CPU kernels: scores_plan_cpu(p).panel_bytes, on 64 bytes
   void* out;              // (tests,rows), or null if the extreme ones are asked for
   void* list_values;      // (slots,tests,k) workspace
   int64_t* list_rows;     // (slots,tests,k) workspace: positions among the visited rows
@@ -123,7 +123,7 @@ struct InfluenceScores : GlmRows {
   bool largest;
 };
 struct ScoresPlan {
-  int64_t slots, panel_items, panel_elements;
+  int64_t slots, panel_items, panel_bytes;
 };
 ScoresPlan scores_plan_cpu(const InfluenceScores& p);
 void scores_pack_cpu(const InfluenceScores& p, int64_t begin, int64_t end);   // items: panel_items

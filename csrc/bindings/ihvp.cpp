@@ -324,14 +324,15 @@ void run_scores_cpu(InfluenceScores& p, const Tensor& like) {
   const ScoresPlan plan = scores_plan_cpu(p);
   p.slots = plan.slots;
   const int64_t places = p.out ? 0 : p.slots * p.tests * p.k;
-  const Tensor panels = at::empty({plan.panel_elements}, like.options()), list_values = at::empty({places}, like.options());
+  const Tensor panels = at::empty({plan.panel_bytes}, like.options().dtype(at::kByte));
+  const Tensor list_values = at::empty({places}, like.options());
   const Tensor list_rows = at::empty({places}, like.options().dtype(at::kLong));
   p.panels = panels.mutable_data_ptr();
   p.list_values = list_values.mutable_data_ptr();
   p.list_rows = list_rows.mutable_data_ptr<int64_t>();
   const double work = 2.0 * double(p.rows) * double(p.params()) * double(p.columns);
   const pybind11::gil_scoped_release release;
-  parallel(plan.panel_items, double(plan.panel_elements), [&](int64_t i, int64_t j) { scores_pack_cpu(p, i, j); });
+  parallel(plan.panel_items, double(plan.panel_bytes), [&](int64_t i, int64_t j) { scores_pack_cpu(p, i, j); });
   parallel(p.slots, work, [&](int64_t i, int64_t j) { scores_cpu(p, i, j); });
   if (!p.out) parallel(p.tests, double(places), [&](int64_t i, int64_t j) { scores_merge_cpu(p, i, j); });
 }

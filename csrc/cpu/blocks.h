@@ -13,6 +13,11 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kPanelBytes = 128;
 inline int64_t panel_columns_of(int64_t element_bytes) { return kPanelBytes / element_bytes; }
 
+// A panel of columns as operands.inc packs it for the chosen body.
+struct PanelSize {
+  int64_t columns, bytes;
+};
+
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 inline int64_t pieces_of(int64_t x, int64_t size) { return (x + size - 1) / size; }
 

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <memory>
+#include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -40,6 +43,7 @@ struct Bodies {
   void (*lissa_unpack)(const Lissa&, const void*, void*, int64_t, int64_t);
   void (*lissa_rows)(const Lissa&, int64_t, int64_t, int64_t);
   void (*lissa_update)(const Lissa&, int64_t, int64_t, int64_t);
+  PanelSize (*panel_size)(Dtype, int64_t);
   void (*scores_pack)(const InfluenceScores&, int64_t, int64_t);
   void (*scores)(const InfluenceScores&, int64_t, int64_t);
   void (*scores_merge)(const InfluenceScores&, int64_t, int64_t);
@@ -47,9 +51,11 @@ struct Bodies {
   void (*projection_reduce)(const Projection&, int64_t, int64_t);
 };
 
-#define XAI_BODIES(ISA)                                                                                           \
-  {ISA::glm_hvp,      ISA::glm_hvp_reduce, ISA::glm_curve, ISA::lissa_pack,   ISA::lissa_unpack, ISA::lissa_rows, \
-   ISA::lissa_update, ISA::scores_pack,    ISA::scores,    ISA::scores_merge, ISA::projection,   ISA::projection_reduce}
+#define XAI_WITH_MATRIX_UNIT 1
+#define XAI_BODIES(ISA)                                                                                \
+  {ISA::glm_hvp,      ISA::glm_hvp_reduce, ISA::glm_curve,        ISA::lissa_pack,  ISA::lissa_unpack, \
+   ISA::lissa_rows,   ISA::lissa_update,   ISA::panel_size,       ISA::scores_pack, ISA::scores,       \
+   ISA::scores_merge, ISA::projection,     ISA::projection_reduce}
 
 #define XAI_BODY_FILE "ihvp.inc"
 #include "bodies.inc"
@@ -99,10 +105,11 @@ void sample_rows_cpu(int64_t* out, int64_t rows, int64_t count, uint64_t seed, i
 }
 
 ScoresPlan scores_plan_cpu(const InfluenceScores& p) {
-  const int64_t width = panel_columns_of(accumulate_bytes(p.accumulate)), panels = pieces_of(p.tests, width) * p.classes;
+  const PanelSize panel = bodies().panel_size(p.accumulate, p.params());
+  const int64_t panels = pieces_of(p.tests, panel.columns) * p.classes;
   const int64_t by_memory = std::max<int64_t>(1, kMostListEntries / std::max<int64_t>(1, p.tests * p.k));
   const int64_t slots = std::max<int64_t>(1, std::min({kMostSlots, pieces_of(p.rows, kSlotRows), by_memory}));
-  return {slots, panels, panels * width * p.params()};
+  return {slots, panels, panels * panel.bytes};
 }
 void scores_pack_cpu(const InfluenceScores& p, int64_t begin, int64_t end) { bodies().scores_pack(p, begin, end); }
 void scores_cpu(const InfluenceScores& p, int64_t begin, int64_t end) { bodies().scores(p, begin, end); }

@@ -28,22 +28,18 @@ int64_t slots_for(int64_t batch, int64_t pieces) {
 
 constexpr int64_t kQueriesPerSlot = 24;  // at least
 
-// Panels of keys as the chosen body packs them.
-struct KeyPanels {
-  int64_t columns, bytes;
-};
-KeyPanels key_panels(Dtype dtype, int64_t dim);
+PanelSize key_panel(Dtype dtype, int64_t dim);
 
 // Where things lie in the workspace of a streamed step. `Unit` is a key head of one sample.
 struct StreamLayout {
-  KeyPanels panel;
+  PanelSize panel;
   int64_t panels, unit_bytes, units_per_group, groups, slots;
   int64_t active_at, count_at, partial_at, packed_at, bytes;  // offsets in bytes
 
   explicit StreamLayout(const StreamedRowStep& p) {
     const int64_t size = accumulate_bytes(p.dtype);
     const int64_t units = p.batch * p.kv_heads;
-    panel = key_panels(p.dtype, p.dim);
+    panel = key_panel(p.dtype, p.dim);
     panels = pieces_of(p.tokens, panel.columns);
     unit_bytes = panels * panel.bytes;
     units_per_group = std::max<int64_t>(1, kPackBytes / std::max<int64_t>(1, unit_bytes));
@@ -72,7 +68,7 @@ struct StreamLayout {
 constexpr int64_t kBuildRows = 32, kProductBytes = 1 << 20;
 
 struct Bodies {
-  KeyPanels (*key_panels)(Dtype, int64_t);
+  PanelSize (*key_panel)(Dtype, int64_t);
   void (*row_step)(const RowStep&, int64_t, int64_t);
   void (*add_slots)(const RowStep&, int64_t, int64_t);
   void (*fuse_heads)(const FuseHeads&, int64_t, int64_t);
@@ -88,14 +84,14 @@ struct Bodies {
 
 #define XAI_WITH_MATRIX_UNIT 1
 #define XAI_BODIES(ISA)                                                                 \
-  {ISA::stream_panels,    ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,      \
+  {ISA::panel_size,       ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,      \
    ISA::streamed_prepare, ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce, \
    ISA::kProductPlan,     ISA::kProductSplit, ISA::kProductFuse,  ISA::kProduct}
 
 #define XAI_BODY_FILE "rollout.inc"
 #include "bodies.inc"
 
-KeyPanels key_panels(Dtype dtype, int64_t dim) { return bodies().key_panels(dtype, dim); }
+PanelSize key_panel(Dtype dtype, int64_t dim) { return bodies().key_panel(dtype, dim); }
 
 }  // namespace
 

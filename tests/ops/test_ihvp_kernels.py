@@ -437,6 +437,10 @@ def test_scores_that_are_no_numbers(implementation: Implementation) -> None:
     assert reference.influence_top_k(*args, 7, True)[1].equal(found)
     assert reference.influence_top_k(*args, 2, False)[1].tolist() == [[2, 0]]
     assert torch.equal(implementation("influence_scores", *args).isnan(), X.T.isnan())
+    infinite = torch.tensor([[1.0, math.inf], [2.0, 3.0], [-math.inf, 0.5]]).view(3, 2, 1)
+    args = (torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.ones(2, 1), infinite, None, False)
+    expected = [[math.inf, -math.inf], [8.0, 3.0], [-math.inf, -math.inf]]
+    assert implementation("influence_scores", *args).tolist() == reference.influence_scores(*args).tolist() == expected
 
 
 # ---- random projection -----------------------------------------------------------------------------------------------
