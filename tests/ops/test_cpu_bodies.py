@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,16 +121,35 @@ def test_nan_stays_in_its_sample() -> None:
     assert not out[0].isnan().any()
 
 
+@pytest.fixture
+def tile_configuration(tmp_path: Path) -> Callable[[], bytes]:
+    """What the tile registers of this thread are configured for."""
+    library = tmp_path / "configuration.so"
+    source = """extern "C" void configuration(char (*out)[64]) { asm volatile("sttilecfg %0" : "=m"(*out)); }"""
+    command = [os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(command, input=source, text=True, check=True)
+    read = ctypes.CDLL(str(library)).configuration
+
+    def configuration() -> bytes:
+        out = ctypes.create_string_buffer(64)
+        read(out)
+        return out.raw
+
+    return configuration
+
+
 @needs_unit
-def test_registers_are_handed_back() -> None:
+def test_registers_are_handed_back(tile_configuration: Callable[[], bytes]) -> None:
     """torch's own products in 16 bits use the same registers on the same threads, shaped as they were left."""
-    a, b = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16()
+    a, b = torch.randn(37, 66).bfloat16(), torch.randn(66, 19).bfloat16()
     query = torch.randn(2, 4, 90, 32)
-    expected = a @ b
-    for _ in range(3):
-        xf.ops.rollout_rows_qk(query, query, torch.rand(2, 1, 90))
-        xf.attention_rollout(layers_of(2, 2, 2, 90), token=None)
-        assert torch.equal(a @ b, expected)
+    expected, before = a @ b, tile_configuration()
+    xf.ops.rollout_rows_qk(query, query, torch.rand(2, 1, 90))
+    xf.ops.attention_relevance(query, query, query, query)
+    xf.ops.influence_top_k(torch.randn(90, 8), torch.randn(90, 2), torch.randn(3, 8, 2), 4)
+    xf.attention_rollout(layers_of(2, 2, 2, 90), token=None)
+    assert tile_configuration() == before
+    assert torch.equal(a @ b, expected)
 
 
 def test_bad_layers_of_a_product() -> None:
