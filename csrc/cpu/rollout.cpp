@@ -63,9 +63,8 @@ struct StreamLayout {
   int64_t* count(const StreamedRowStep& p) const { return at<int64_t>(p, count_at); }
 };
 
-// The matrix unit's product of many rows with Abar: the rows of Abar that one work item builds, and how much of Abar one
-// item of the product reads.
-constexpr int64_t kBuildRows = 32, kProductBytes = 1 << 20;
+// How much of Abar one work item of the matrix unit's product of many rows reads.
+constexpr int64_t kProductBytes = 1 << 20;
 
 struct Bodies {
   PanelSize (*key_panel)(Dtype, int64_t);
