@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from . import _functions as functions
 from . import _graph as graph
-from ._handlers import Arguments, Keywords, build_table, identity_of_module
+from ._arguments import Arguments, Keywords
+from ._elements import identity_of_module
+from ._handlers import build_table
 from ._report import Observer
 from .composite import Composite
 from .rules import Identity, Kind, Rule

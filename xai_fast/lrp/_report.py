@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import _spellings as spell
-from ._handlers import attention_weights
+from ._arguments import Arguments, Handler, Keywords, argument
 from ._linear import LINEAR, convolution, expected_losses
+from ._products import attention_weights
 from .rules import Attention, Gradient, Identity, Norm, Rule
 
 if TYPE_CHECKING:
-    from ._handlers import Arguments, Handler, Keywords, RuledLinear
     from ._mode import RelevanceMode
+    from ._ruled import RuledLinear
 
 __all__ = ["Attribution", "Observer", "Operation", "hookable_modules"]
 
@@ -259,8 +260,6 @@ def _probed(mode: RelevanceMode, record: Operation, args: Arguments, kwargs: Key
 
 def _expectation(mode: RelevanceMode, kind: str, func: Any, args: Arguments, kwargs: Keywords) -> Expectation:
     """(g, y) -> what the rule of this call keeps back."""
-    from ._handlers import argument
-
     def get(position: int, *names: str, default: Any = None) -> Any:
         return argument(args, kwargs, position, *names, default=default)
 
