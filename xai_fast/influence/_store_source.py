@@ -120,8 +120,8 @@ class _GlmSource:
     def scores(self, solutions: Tensor, rows: slice) -> Tensor:
         S = solutions.to(self._problem.device).reshape(-1, *self._influence.head.parameters.shape)
         X, intercept = self._problem.data.take(rows), self._influence.head.intercept
-        products = ops.influence_scores(X, self._influence._delta(rows), S, intercept=intercept)
-        return products.add_(self._influence._offset(S)).neg_().cpu()
+        products = ops.influence_scores(X, self._influence._rows.delta(rows), S, intercept=intercept)
+        return products.add_(self._influence._rows.offset(S)).neg_().cpu()
 
 
 class _TorchSource:

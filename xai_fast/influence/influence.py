@@ -16,6 +16,7 @@ from ..ops._checks import check_count, check_seed
 from ._functionals import Functional, check_functional, logit_gradient, quantity, rises_when_good
 from ._labels import named_rows
 from ._leverage import leverage_corrected
+from ._row_gradients import RowGradients
 from ._rows import as_features, native
 from ._self_influence import exact_diagonal, low_rank_diagonal
 from ._torch_rows import collect
@@ -145,6 +146,7 @@ class Influence:
         }
         self._budget = check_count(memory_budget, "memory_budget")
         self._factor: ExactFactor | None = None
+        self._rows = RowGradients(self.problem, penalised=train_gradient == "objective")
 
     def _problem(self, X: Any, y: Any, head: Head, sample_weight: Any, damping: float) -> GlmProblem:
         return GlmProblem(X, y, head, sample_weight=sample_weight, damping=damping)
@@ -379,11 +381,13 @@ train gradient of the loss
         """
         convention = replace(self.convention, quantity="I_up,loss of each row on itself")
         if self.problem.size <= EXACT_SIZE and self._solver not in ("lanczos", "arnoldi"):
-            return Scores.wrap(exact_diagonal(self.problem, self._exact_factor(), self._regulariser()), convention, None)
+            return Scores.wrap(
+                exact_diagonal(self.problem, self._exact_factor(), self._rows.regulariser()), convention, None
+            )
         rank = min(RANK, self.problem.size)
         low_rank = self._low_rank(rank)
         convention = replace(convention, hessian=f"{convention.hessian}, inverse of rank {rank} (Lanczos)")
-        return Scores.wrap(low_rank_diagonal(self.problem, low_rank, self._regulariser()), convention, None)
+        return Scores.wrap(low_rank_diagonal(self.problem, low_rank, self._rows.regulariser()), convention, None)
 
     def loo(self, X_test: Any, y_test: Any, *, leverage: bool = True) -> Scores:
         """By how much the loss of every test point would change if a row were left out: predicted L(without row i) - L.
@@ -428,7 +432,7 @@ train gradient of the loss
         )
         if not leverage:
             solution = self._solve(gradients)
-            values = self._values(self._solutions(solution)) / -self.n
+            values = self._rows.products(self._solutions(solution)) / -self.n
             return Scores.wrap(values, convention, solution.with_shape((-1, *self.head.parameters.shape)))
         return Scores.wrap(self._newton(gradients), convention, None)
 
@@ -513,52 +517,10 @@ train gradient of the loss
 
     def _wrapped(self, solution: Solution, convention: Convention) -> Scores:
         S = self._solutions(solution)
-        return Scores.wrap(self._values(S), convention, solution.with_shape(tuple(S.shape)))
-
-    def _delta(self, at: slice) -> Tensor:
-        """d (s_i loss_i) / d logits, (b, C)."""
-        delta, s = self.problem.residual[at], self.problem.sample_weight
-        return delta if s is None else delta * s[at, None].to(delta.dtype)
-
-    def _regulariser(self) -> Tensor | None:
-        """l2 theta with 0 for the bias (P, C), where it is part of the train gradient."""
-        if self.train_gradient == "loss" or self.problem.l2 == 0:
-            return None
-        r = self.problem.l2 * self.head.parameters.to(self.problem.device, self.problem.wide)
-        if self.head.intercept:
-            r[-1] = 0
-        return r
-
-    def _offset(self, S: Tensor) -> Tensor:
-        """<S, l2 theta> of every solution, (M, 1): what the regulariser adds to all scores of a test point."""
-        r = self._regulariser()
-        return S.new_zeros(len(S), 1) if r is None else (S * r.to(S.dtype)).sum((1, 2))[:, None]
-
-    def _values(self, S: Tensor) -> Tensor:
-        """-<S, g_i> for solutions (M, P, C): (M, n)."""
-        parts = [
-            ops.influence_scores(X, self._delta(at), S, intercept=self.head.intercept) for at, X in self.problem.data.spans()
-        ]
-        products = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return products.add_(self._offset(S)).neg_()
+        return Scores.wrap(self._rows.products(S), convention, solution.with_shape(tuple(S.shape)))
 
     def _extreme(self, S: Tensor, k: int, largest: bool, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """-<S, g_i> of the k rows with the largest or smallest <S, g_i>, and the rows; of all, or of `rows` (ascending)."""
-        values, indices = S.new_empty(len(S), 0), torch.empty(len(S), 0, dtype=torch.int64, device=S.device)
-        for at, X in self.problem.data.spans():
-            here = None if rows is None else rows[(rows >= at.start) & (rows < at.stop)] - at.start
-            count = min(k, len(X) if here is None else len(here))
-            if count == 0:
-                continue
-            options: dict[str, Any] = {"largest": largest, "rows": here, "intercept": self.head.intercept}
-            found, places = ops.influence_top_k(X, self._delta(at), S, count, **options)
-            values, indices = torch.cat([values, found], 1), torch.cat([indices, places + at.start], 1)
-            # Stable: of equal scores the earlier row stays first.
-            order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
-            values, indices = values.gather(1, order), indices.gather(1, order)
-        missing = k - values.shape[1]
-        values = torch.nn.functional.pad(-(values + self._offset(S)), (0, missing), value=torch.nan)
-        return values, torch.nn.functional.pad(indices, (0, missing), value=-1)
+        return self._rows.extreme(S, k, largest, rows)
 
     def _class_rows(self) -> Iterator[Tensor]:
         labels = self.head.class_of(self.problem.labels)
@@ -578,7 +540,7 @@ train gradient of the loss
             raise ValueError(
                 f"leverage: expected at most {EXACT_SIZE} parameters, got {self.problem.size}; leverage=False has no limit"
             )
-        r = self._regulariser()
+        r = self._rows.regulariser()
         if r is None:
             factor, scale = self._exact_factor(), self.n
         else:
@@ -595,7 +557,7 @@ train gradient of the loss
             ops.influence_scores(X, delta[at].to(S.dtype), S, intercept=self.head.intercept)
             for at, X in self.problem.data.spans()
         ]
-        return torch.cat(parts, 1) + self._offset(S)
+        return torch.cat(parts, 1) + self._rows.offset(S)
 
 
 def _joined(parts: list[Solution]) -> Solution:

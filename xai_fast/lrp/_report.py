@@ -260,6 +260,7 @@ def _probed(mode: RelevanceMode, record: Operation, args: Arguments, kwargs: Key
 
 def _expectation(mode: RelevanceMode, kind: str, func: Any, args: Arguments, kwargs: Keywords) -> Expectation:
     """(g, y) -> what the rule of this call keeps back."""
+
     def get(position: int, *names: str, default: Any = None) -> Any:
         return argument(args, kwargs, position, *names, default=default)
 
