@@ -50,12 +50,13 @@ void fuse_heads_cpu(const FuseHeads& p, int64_t begin, int64_t end);  // items: 
 const char* launch_fuse_heads(const FuseHeads& p, void* stream);
 
 // ---- many rows, attention given, on a CPU with a matrix unit -----------------------------------------------------------
-//   out[b] = rows[b] Abar[b], as the row step. The operands exist as operands of the unit only: `fuse_items` of one layer
-//   make `fused` of its attention, then `items` make `next`, the left operand of the following layer, or in the last layer
-//   `out`.
+//   out[b] = rows[b] Abar[b], as the row step. The operands exist as operands of the unit only: `start_items` make `rows` of
+//   given rows (split) or, where the product starts with Abar itself, of the attention of the first layer (start). Then,
+//   layer after layer, `fuse_items` make `fused` of its attention and `items` make `next`, the `rows` of the following
+//   layer, or in the last layer `out`.
 struct RowProduct {
   View4 attention;    // (B,H,N,N) of `dtype`, column stride 1
-  void *rows, *next;  // rows_bytes each, 64-byte aligned, of which row_product_split_cpu fills the first `rows`
+  void *rows, *next;  // rows_bytes each, 64-byte aligned
   void* fused;        // fused_bytes, 64-byte aligned
   void* out;          // (B,R,N) contiguous, float; null before the last layer
   int64_t batch, heads, tokens, n_rows;
@@ -65,11 +66,12 @@ struct RowProduct {
   Dtype dtype;  // not f64
 };
 struct RowProductPlan {
-  int64_t split_items, fuse_items, items, rows_bytes, fused_bytes;
+  int64_t start_items, fuse_items, items, rows_bytes, fused_bytes;
 };
 bool has_row_product_cpu(Dtype dtype);
 RowProductPlan row_product_plan_cpu(const RowProduct& p);
 void row_product_split_cpu(const RowProduct& p, const void* rows, int64_t begin, int64_t end);  // rows (B,R,N) of float
+void row_product_start_cpu(const RowProduct& p, int64_t begin, int64_t end);                    // R = N
 void row_product_fuse_cpu(const RowProduct& p, int64_t begin, int64_t end);
 void row_product_cpu(const RowProduct& p, int64_t begin, int64_t end);
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/any.h>
 #include <ATen/ops/full.h>
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -55,61 +56,87 @@ Tensor rollout_rows(const Tensor& attention_in, const Tensor& rows_in, const std
 
 bool has_row_product(const Tensor& attention) { return !on_gpu(attention) && has_row_product_cpu(dtype_of(attention)); }
 
-// rows (B,R,N) times Abar of one layer after the other, for the samples [first, first + count).
-// run(items, work) does the work items of a step.
+// rows (B,R,N) times Abar of one layer after the other, for the samples [first, first + p.batch); null rows: the product of
+// the Abar alone. run(items, work) does the work items of a step.
 template <class Run>
-void multiply_layers(RowProduct p, const std::vector<Tensor>& layers, const Tensor& rows, const Tensor& out, int64_t first,
-                     int64_t count, Run run) {
-  p.batch = count;
+void multiply_layers(RowProduct p, const std::vector<Tensor>& layers, const float* rows, float* out, int64_t first,
+                     Run run) {
   const RowProductPlan plan = row_product_plan_cpu(p);
-  const Tensor workspace = at::empty({2 * plan.rows_bytes + plan.fused_bytes}, rows.options().dtype(at::kByte));
-  p.rows = workspace.mutable_data_ptr();
-  p.next = static_cast<char*>(p.rows) + plan.rows_bytes;
-  p.fused = static_cast<char*>(p.next) + plan.rows_bytes;
   const int64_t offset = first * p.n_rows * p.tokens;
-  const float* const from = rows.const_data_ptr<float>() + offset;
-  run(plan.split_items, [&](int64_t i, int64_t j) { row_product_split_cpu(p, from, i, j); });
-  for (size_t k = 0; k < layers.size(); ++k) {
-    p.attention = view_of(layers[k]);
-    p.attention.data = static_cast<const char*>(p.attention.data) + first * p.attention.batch * layers[k].element_size();
-    p.heads = layers[k].size(1);
-    p.dtype = dtype_of(layers[k]);
-    if (k + 1 == layers.size()) p.out = out.mutable_data_ptr<float>() + offset;
+  const auto attend = [&](const Tensor& layer) {
+    p.attention = view_of(layer);
+    p.attention.data = static_cast<const char*>(p.attention.data) + first * p.attention.batch * layer.element_size();
+    p.heads = layer.size(1);
+    p.dtype = dtype_of(layer);
+  };
+  size_t k = 0;
+  if (rows) {
+    run(plan.start_items, [&](int64_t i, int64_t j) { row_product_split_cpu(p, rows + offset, i, j); });
+  } else {
+    attend(layers[k++]);
+    run(plan.start_items, [&](int64_t i, int64_t j) { row_product_start_cpu(p, i, j); });
+  }
+  for (; k < layers.size(); ++k) {
+    attend(layers[k]);
+    if (k + 1 == layers.size()) p.out = out + offset;
     run(plan.fuse_items, [&](int64_t i, int64_t j) { row_product_fuse_cpu(p, i, j); });
     run(plan.items, [&](int64_t i, int64_t j) { row_product_cpu(p, i, j); });
     std::swap(p.rows, p.next);
   }
 }
 
-// rollout_rows of many rows by one layer after the other, where has_row_product of each.
-Tensor row_product(const std::vector<Tensor>& layers_in, const Tensor& rows_in, const std::string& head_fusion,
-                   double residual, bool normalize) {
-  TORCH_CHECK_VALUE(!layers_in.empty(), "layers: expected at least one");
+// The operands of `batch` samples at a time. The tensor owns what p points to.
+Tensor set_operands(RowProduct& p, int64_t batch) {
+  p.batch = batch;
+  const RowProductPlan plan = row_product_plan_cpu(p);
+  const Tensor workspace = at::empty({2 * plan.rows_bytes + plan.fused_bytes}, at::kByte);
+  p.rows = workspace.mutable_data_ptr();
+  p.next = static_cast<char*>(p.rows) + plan.rows_bytes;
+  p.fused = static_cast<char*>(p.next) + plan.rows_bytes;
+  return workspace;
+}
+
+void multiply_batch(RowProduct p, const std::vector<Tensor>& layers, const float* rows, float* out, int64_t batch) {
+  if (batch < at::get_num_threads()) {
+    const Tensor operands = set_operands(p, batch);
+    const auto together = [](int64_t items, auto work) { at::parallel_for(0, items, 1, work); };
+    return multiply_layers(p, layers, rows, out, 0, together);
+  }
+  // A sample's operands stay in the cache of its thread from layer to layer.
+  at::parallel_for(0, batch, 1, [&](int64_t i, int64_t j) {
+    RowProduct own = p;
+    const Tensor operands = set_operands(own, 1);
+    const auto alone = [](int64_t items, auto work) { work(0, items); };
+    for (; i < j; ++i) multiply_layers(own, layers, rows, out, i, alone);
+  });
+}
+
+// rollout_rows of many rows by one layer after the other, where has_row_product of each; without rows, of all tokens.
+Tensor row_product(const std::vector<Tensor>& layers_in, const std::optional<Tensor>& rows_in,
+                   const std::string& head_fusion, double residual, bool normalize) {
+  const size_t least = rows_in ? 1 : 2;
+  TORCH_CHECK_VALUE(layers_in.size() >= least, "layers: expected at least ", least, ", got ", layers_in.size());
   std::vector<Tensor> layers;
   for (const Tensor& layer : layers_in) {
     check_square_4d(layer, "attention");
-    check_rows(rows_in, layer.size(0), layer.size(2), layer);
+    TORCH_CHECK_VALUE(layer.size(0) == layers_in[0].size(0) && layer.size(2) == layers_in[0].size(2),
+                      "layers: expected one batch size and one number of tokens, got ", layer.sizes());
+    if (rows_in) check_rows(*rows_in, layer.size(0), layer.size(2), layer);
     TORCH_CHECK(has_row_product(layer), "row_product: no matrix unit for this device and dtype");
     layers.push_back(with_unit_columns(layer));
   }
-  const Tensor rows = rows_for(rows_in, layers[0]), out = at::empty(rows.sizes(), rows.options());
+  const Tensor& first = layers[0];
+  const int64_t batch = first.size(0), tokens = first.size(2);
+  const Tensor rows = rows_in ? rows_for(*rows_in, first) : Tensor();
+  const Tensor out = at::empty({batch, rows_in ? rows.size(1) : tokens, tokens}, first.options().dtype(at::kFloat));
   RowProduct p{};
-  p.n_rows = rows.size(1), p.tokens = rows.size(2);
+  p.n_rows = out.size(1), p.tokens = tokens;
   p.residual = residual, p.normalize = normalize, p.fusion = fusion_of(head_fusion);
-  const int64_t batch = rows.size(0);
   if (out.numel() > 0) {
     const pybind11::gil_scoped_release release;
-    const auto alone = [](int64_t items, auto work) { work(0, items); };
-    const auto together = [](int64_t items, auto work) { at::parallel_for(0, items, 1, work); };
-    if (batch < at::get_num_threads()) {
-      multiply_layers(p, layers, rows, out, 0, batch, together);
-    } else {  // a sample's operands stay in the cache of its thread from layer to layer
-      at::parallel_for(0, batch, 1, [&](int64_t i, int64_t j) {
-        for (; i < j; ++i) multiply_layers(p, layers, rows, out, i, 1, alone);
-      });
-    }
+    multiply_batch(p, layers, rows_in ? rows.const_data_ptr<float>() : nullptr, out.mutable_data_ptr<float>(), batch);
   }
-  return in_dtype(out, rows_in.scalar_type());
+  return rows_in ? in_dtype(out, rows_in->scalar_type()) : out;
 }
 
 Tensor fuse_heads(const Tensor& attention_in, const std::string& head_fusion, double residual, bool normalize, bool wide) {

@@ -75,17 +75,18 @@ struct Bodies {
   void (*pack)(const StreamedRowStep&, int64_t, int64_t, int64_t);
   void (*step)(const StreamedRowStep&, int64_t, int64_t, int64_t);
   void (*reduce)(const StreamedRowStep&, int64_t, int64_t);
-  RowProductPlan (*product_plan)(const RowProduct&);  // null without a matrix unit, as the next three
+  RowProductPlan (*product_plan)(const RowProduct&);  // null without a matrix unit, as the next four
   void (*product_split)(const RowProduct&, const void*, int64_t, int64_t);
+  void (*product_start)(const RowProduct&, int64_t, int64_t);
   void (*product_fuse)(const RowProduct&, int64_t, int64_t);
   void (*product)(const RowProduct&, int64_t, int64_t);
 };
 
 #define XAI_WITH_MATRIX_UNIT 1
-#define XAI_BODIES(ISA)                                                                 \
-  {ISA::panel_size,       ISA::row_step,      ISA::add_slots,     ISA::fuse_heads,      \
-   ISA::streamed_prepare, ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce, \
-   ISA::kProductPlan,     ISA::kProductSplit, ISA::kProductFuse,  ISA::kProduct}
+#define XAI_BODIES(ISA)                                                                                    \
+  {ISA::panel_size,    ISA::row_step,      ISA::add_slots,       ISA::fuse_heads,   ISA::streamed_prepare, \
+   ISA::streamed_pack, ISA::streamed_step, ISA::streamed_reduce, ISA::kProductPlan, ISA::kProductSplit,    \
+   ISA::kProductStart, ISA::kProductFuse,  ISA::kProduct}
 
 #define XAI_BODY_FILE "rollout.inc"
 #include "bodies.inc"
@@ -109,6 +110,8 @@ RowProductPlan row_product_plan_cpu(const RowProduct& p) { return bodies().produ
 void row_product_split_cpu(const RowProduct& p, const void* rows, int64_t begin, int64_t end) {
   bodies().product_split(p, rows, begin, end);
 }
+
+void row_product_start_cpu(const RowProduct& p, int64_t begin, int64_t end) { bodies().product_start(p, begin, end); }
 
 void row_product_fuse_cpu(const RowProduct& p, int64_t begin, int64_t end) { bodies().product_fuse(p, begin, end); }
 

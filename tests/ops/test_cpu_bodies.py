@@ -82,6 +82,21 @@ def test_product_of_many_rows(shape: tuple[int, ...], dtype: torch.dtype, option
 
 
 @needs_unit
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 15), (1, 2, 33), (5, 1, 64), (3, 2, 130), (1, 2, 301)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [("mean", 1.0, True), ("max", 0.3, True), ("sum", 1.0, False)])
+def test_product_of_all_layers(shape: tuple[int, ...], dtype: torch.dtype, options: tuple[str, float, bool]) -> None:
+    """Without rows the first layer is the left operand; a layer is a view with strides of its own."""
+    layers = layers_of(4, *shape, dtype)
+    layers[0] = layers[0].transpose(0, 1).contiguous().transpose(0, 1)
+    for some in (layers[:2], layers):
+        actual = _backend.C.row_product(some, None, *options)
+        wide = [reference.fuse_heads(a.double(), *options) for a in some]
+        assert actual.dtype == torch.float32
+        assert_close_to_reference(actual, one_by_one([a.double() for a in some[1:]], wide[0], *options))
+
+
+@needs_unit
 def test_product_has_the_accuracy_of_floats_entry_by_entry() -> None:
     """Entries over twelve orders of magnitude; no sum cancels."""
     layer = torch.rand(1, 2, 97, 97) * 10.0 ** torch.randint(-6, 1, (1, 2, 97, 97))
@@ -109,7 +124,10 @@ def test_product_of_strided_layers() -> None:
 def test_product_does_not_depend_on_threads() -> None:
     """From one thread on that takes all samples to three that share each of them."""
     layers, rows = layers_of(2, 2, 2, 150), torch.rand(2, 150, 150)
-    assert_number_of_threads_does_not_matter(lambda: (_backend.C.row_product(layers, rows, "mean", 1.0, True),))
+    for given in (rows, None):
+        assert_number_of_threads_does_not_matter(
+            lambda given=given: (_backend.C.row_product(layers, given, "mean", 1.0, True),)
+        )
 
 
 @needs_unit
@@ -154,10 +172,14 @@ def test_registers_are_handed_back(tile_configuration: Callable[[], bytes]) -> N
 
 def test_bad_layers_of_a_product() -> None:
     layer, rows = layers_of(1, 2, 2, 30)[0], torch.rand(2, 30, 30)
-    with pytest.raises(ValueError, match="layers: expected at least one"):
+    with pytest.raises(ValueError, match="layers: expected at least 1, got 0"):
         _backend.C.row_product([], rows, "mean", 1.0, True)
     with pytest.raises(ValueError, match="attention: expected shape"):
         _backend.C.row_product([layer[0]], rows, "mean", 1.0, True)
+    with pytest.raises(ValueError, match="layers: expected at least 2, got 1"):
+        _backend.C.row_product([layer], None, "mean", 1.0, True)
+    with pytest.raises(ValueError, match="layers: expected one batch size"):
+        _backend.C.row_product([layer, layer[:1]], None, "mean", 1.0, True)
     with pytest.raises(ValueError, match="rows: expected shape"):
         _backend.C.row_product([layer], rows[:, :, :9], "mean", 1.0, True)
     with pytest.raises(RuntimeError, match="no matrix unit"):

@@ -173,7 +173,7 @@ class AttentionRecord:
                 rows = _roll_matrices(wanted, indices, batch, tokens, discard_ratio, options)
             else:
                 rows = _roll_rows(wanted, indices, batch, tokens, options)
-            if check_nan and bool(rows.isnan().any()):
+            if check_nan and check.holds_nan(rows):
                 _raise_nan(wanted)
         return finish(rows, token, wanted[-1].dtype)
 

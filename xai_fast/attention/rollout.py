@@ -131,7 +131,7 @@ def as_layers(attentions: Any) -> list[Tensor]:
 
 def _raise_if_nan(result: Tensor, layers: list[Tensor], start_layer: int) -> None:
     """The guilty layer is looked for only when the result is NaN: a NaN anywhere in a layer reaches every later product."""
-    if result.is_meta or not bool(result.isnan().any()):
+    if result.is_meta or not check.holds_nan(result):
         return
     for number in range(start_layer, len(layers)):
         if bool(layers[number].isnan().any()):
@@ -230,8 +230,9 @@ def attention_rollout(
 
 def _product(layers: list[Tensor], rows: Tensor | None, discard_ratio: float, options: dict[str, Any]) -> Tensor:
     """rows <- rows Abar^l for l = L..1; the whole product for None."""
-    remaining = layers[::-1]
-    while remaining and (rows is None or discard_ratio > 0):
-        rows = advance_by_matrix(rows, remaining.pop(0), discard_ratio, options)
+    if discard_ratio == 0:
+        return rollout_layers(layers[::-1], rows, **options)
+    for layer in reversed(layers):
+        rows = advance_by_matrix(rows, layer, discard_ratio, options)
     assert rows is not None
-    return rollout_layers(remaining, rows, **options)
+    return rows

@@ -112,6 +112,11 @@ def may_look(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def holds_nan(x: Tensor) -> bool:
+    """Whether any value is NaN. Most often the sum, which takes no memory, is finite and says no."""
+    return not bool(x.sum().isfinite()) and bool(x.isnan().any())
+
+
 def check_places(x: Tensor, name: str, below: int) -> None:
     """ValueError unless the whole numbers lie from 0 to below - 1. On a CPU the kernels look themselves, at less cost."""
     if not x.numel() or (x.device.type == "cpu" and _backend.C is not None) or not may_look(x):

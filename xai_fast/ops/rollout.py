@@ -108,16 +108,27 @@ def rollout_rows(
     return _rollout_rows(attention, rows, head_fusion, residual, bool(normalize))
 
 
-def rollout_layers(layers: list[Tensor], rows: Tensor, *, head_fusion: str, residual: float, normalize: bool) -> Tensor:
+def _unit_takes(layers: list[Tensor], rows: Tensor | None) -> bool:
+    """Whether one call does the product of all layers: it has nothing to gain for few rows, or for Abar of one layer."""
+    if torch.compiler.is_compiling() or _C is None or len(layers) < (2 if rows is None else 1):
+        return False
+    tensors, n_rows = (layers, layers[0].shape[-1]) if rows is None else ([rows, *layers], rows.shape[1])
+    return n_rows >= MANY_ROWS and _C.callable_directly(tuple(tensors)) and all(map(_C.has_row_product, layers))
+
+
+def rollout_layers(
+    layers: list[Tensor], rows: Tensor | None, *, head_fusion: str, residual: float, normalize: bool
+) -> Tensor:
     """``rows`` (B, R, N) through :func:`rollout_rows` of one layer after the other; arguments are taken as checked.
 
-    On a CPU with a matrix unit many rows stay its operands from layer to layer.
+    The product of the layers' Abar (B, N, N) for None, which wants a layer. On a CPU with a matrix unit many rows stay its
+    operands from layer to layer.
     """
     options = (head_fusion, residual, normalize)
-    if rows.shape[1] >= MANY_ROWS and layers and not torch.compiler.is_compiling():
-        direct = _C is not None and _C.callable_directly((rows, *layers)) and all(map(_C.has_row_product, layers))
-        if direct:
-            return _C.row_product(layers, rows, *options)
+    if _unit_takes(layers, rows):
+        return _C.row_product(layers, rows, *options)
+    if rows is None:
+        rows, layers = _fuse_heads(layers[0], *options, True), layers[1:]
     for layer in layers:
         rows = _rollout_rows(layer, rows, *options)
     return rows

@@ -109,7 +109,7 @@ def _dropped(attentions: Any, mask: Tensor, token: Token, head_fusion: str, resi
                 rows = start_rows(token_indices(token, tokens), batch, tokens, attention).contiguous()
             rows = rollout_rows(fused.unsqueeze(1), rows.to(attention.device), residual=residual)
     assert rows is not None
-    if bool(rows.isnan().any()):
+    if check.holds_nan(rows):
         raise ValueError(
             "attentions: the rollout is NaN; expected finite attention, and with residual=0 rows that keep some of it"
         )
