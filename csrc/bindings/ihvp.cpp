@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common.h"
+#include "workspace.h"
 
 namespace xai {
 namespace {
@@ -324,10 +325,10 @@ void run_scores_cpu(InfluenceScores& p, const Tensor& like) {
   const ScoresPlan plan = scores_plan_cpu(p);
   p.slots = plan.slots;
   const int64_t places = p.out ? 0 : p.slots * p.tests * p.k;
-  const Tensor panels = at::empty({plan.panel_bytes}, like.options().dtype(at::kByte));
+  const Workspace panels(plan.panel_bytes, like);
   const Tensor list_values = at::empty({places}, like.options());
   const Tensor list_rows = at::empty({places}, like.options().dtype(at::kLong));
-  p.panels = panels.mutable_data_ptr();
+  p.panels = panels.data();
   p.list_values = list_values.mutable_data_ptr();
   p.list_rows = list_rows.mutable_data_ptr<int64_t>();
   const double work = 2.0 * double(p.rows) * double(p.params()) * double(p.columns);

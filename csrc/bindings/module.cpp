@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "cpu/simd.h"
+#include "workspace.h"
 
 #ifdef XAI_EMULATE
 #include "cuda_emulator.h"
@@ -70,6 +71,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("callable_directly", &xai::callable_directly);
   m.def("is_usual_streamed", &xai::is_usual_streamed);
   m.def("cpu_capability", &xai::cpu_capability_name);
+  m.def("release_workspace", &xai::Workspace::release);
   xai::bind_rollout(m);
   xai::bind_relevance(m);
   xai::bind_ihvp(m);

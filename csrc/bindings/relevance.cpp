@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common.h"
+#include "workspace.h"
 
 namespace xai {
 namespace {
@@ -31,8 +32,6 @@ void check_value(const Tensor& value, int64_t batch, int64_t heads, int64_t keys
                         value.size(2) == keys && value.size(3) > 0,
                     "value: expected shape (B, Hkv, N, D) with Hkv a divisor of ", heads, ", got ", value.sizes());
 }
-
-Tensor workspace_of(int64_t bytes, const Tensor& like) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
 
 // Rows of the last dimension.
 int64_t rows_of(const Tensor& x) { return x.numel() / x.size(-1); }
@@ -93,8 +92,8 @@ std::tuple<Tensor, Tensor> av_relevance(const Tensor& attention_in, const Tensor
   if (batch == 0) return {attention_out, value_out};
   const bool gpu = on_gpu(attention);
   const WorkPlan plan = gpu ? WorkPlan{} : av_plan_cpu(p);
-  const Tensor workspace = workspace_of(gpu ? av_workspace_cuda(p) : plan.workspace_bytes, attention);
-  p.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(gpu ? av_workspace_cuda(p) : plan.workspace_bytes, attention);
+  p.workspace = workspace.data();
   if (gpu)
     check_launch(launch_av_relevance(p, current_stream(attention)));
   else
@@ -141,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_relevance(const Tensor& query_in, c
   if (p.batch == 0) return {query_out, key_out, value_out};
   const bool gpu = on_gpu(query);
   const WorkPlan plan = gpu ? WorkPlan{} : attention_plan_cpu(p);
-  const Tensor workspace = workspace_of(gpu ? attention_workspace_cuda(p) : plan.workspace_bytes, query);
-  p.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(gpu ? attention_workspace_cuda(p) : plan.workspace_bytes, query);
+  p.workspace = workspace.data();
   if (gpu)
     check_launch(launch_attention_relevance(p, current_stream(query)));
   else
@@ -153,8 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_relevance(const Tensor& query_in, c
 void run_targeted(TargetedRows& p, const Tensor& query) {
   const bool gpu = on_gpu(query);
   const WorkPlan plan = gpu ? WorkPlan{} : targeted_plan_cpu(p);
-  const Tensor workspace = workspace_of(gpu ? targeted_workspace_cuda(p) : plan.workspace_bytes, query);
-  p.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(gpu ? targeted_workspace_cuda(p) : plan.workspace_bytes, query);
+  p.workspace = workspace.data();
   if (gpu) return check_launch(launch_targeted_rows(p, current_stream(query)));
   const double work = double(query.numel()) * double(p.keys);
   if (p.normalize) {

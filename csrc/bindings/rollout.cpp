@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common.h"
+#include "workspace.h"
 
 namespace xai {
 namespace {
@@ -59,9 +60,8 @@ bool has_row_product(const Tensor& attention) { return !on_gpu(attention) && has
 // rows (B,R,N) times Abar of one layer after the other, for the samples [first, first + p.batch); null rows: the product of
 // the Abar alone. run(items, work) does the work items of a step.
 template <class Run>
-void multiply_layers(RowProduct p, const std::vector<Tensor>& layers, const float* rows, float* out, int64_t first,
-                     Run run) {
-  const RowProductPlan plan = row_product_plan_cpu(p);
+void multiply_layers(RowProduct p, const RowProductPlan& plan, const std::vector<Tensor>& layers, const float* rows,
+                     float* out, int64_t first, Run run) {
   const int64_t offset = first * p.n_rows * p.tokens;
   const auto attend = [&](const Tensor& layer) {
     p.attention = view_of(layer);
@@ -85,29 +85,30 @@ void multiply_layers(RowProduct p, const std::vector<Tensor>& layers, const floa
   }
 }
 
-// The operands of `batch` samples at a time. The tensor owns what p points to.
-Tensor set_operands(RowProduct& p, int64_t batch) {
-  p.batch = batch;
-  const RowProductPlan plan = row_product_plan_cpu(p);
-  const Tensor workspace = at::empty({2 * plan.rows_bytes + plan.fused_bytes}, at::kByte);
-  p.rows = workspace.mutable_data_ptr();
+// The operands lie in memory of bytes_of(plan).
+int64_t bytes_of(const RowProductPlan& plan) { return 2 * plan.rows_bytes + plan.fused_bytes; }
+
+RowProduct with_operands(RowProduct p, const RowProductPlan& plan, const Workspace& memory) {
+  p.rows = memory.data();
   p.next = static_cast<char*>(p.rows) + plan.rows_bytes;
   p.fused = static_cast<char*>(p.next) + plan.rows_bytes;
-  return workspace;
+  return p;
 }
 
 void multiply_batch(RowProduct p, const std::vector<Tensor>& layers, const float* rows, float* out, int64_t batch) {
-  if (batch < at::get_num_threads()) {
-    const Tensor operands = set_operands(p, batch);
+  const bool share_samples = batch < at::get_num_threads();
+  p.batch = share_samples ? batch : 1;
+  const RowProductPlan plan = row_product_plan_cpu(p);
+  if (share_samples) {
+    const Workspace memory(bytes_of(plan), layers[0]);
     const auto together = [](int64_t items, auto work) { at::parallel_for(0, items, 1, work); };
-    return multiply_layers(p, layers, rows, out, 0, together);
+    return multiply_layers(with_operands(p, plan, memory), plan, layers, rows, out, 0, together);
   }
   // A sample's operands stay in the cache of its thread from layer to layer.
   at::parallel_for(0, batch, 1, [&](int64_t i, int64_t j) {
-    RowProduct own = p;
-    const Tensor operands = set_operands(own, 1);
+    const Workspace memory(bytes_of(plan), layers[0]);
     const auto alone = [](int64_t items, auto work) { work(0, items); };
-    for (; i < j; ++i) multiply_layers(own, layers, rows, out, i, alone);
+    for (; i < j; ++i) multiply_layers(with_operands(p, plan, memory), plan, layers, rows, out, i, alone);
   });
 }
 
@@ -189,8 +190,8 @@ void run_streamed(StreamedRowStep& p, const Tensor& query) {
   const bool gpu = on_gpu(query);
   const StreamPlan plan = gpu ? StreamPlan{} : streamed_plan_cpu(p);
   const int64_t bytes = gpu ? streamed_workspace_cuda(p) : plan.workspace_bytes;
-  const Tensor workspace = at::empty({bytes}, query.options().dtype(at::kByte));
-  p.workspace = workspace.mutable_data_ptr();
+  const Workspace workspace(bytes, query);
+  p.workspace = workspace.data();
   if (gpu) return check_launch(launch_streamed_row_step(p, current_stream(query)));
   const pybind11::gil_scoped_release release;
   const double work = double(p.batch) * double(p.heads) * double(p.tokens) * double(p.tokens) * double(p.dim);

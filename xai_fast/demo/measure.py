@@ -7,7 +7,8 @@ the call:
 - CUDA: ``torch.cuda.max_memory_allocated``.
 - Linux: the high-water mark of resident memory, VmHWM, reset through ``/proc/self/clear_refs``. Unlike
   counting tensors it also sees what libraries allocate beside torch. Free heap memory is returned to the
-  system first; otherwise a call could live in pages that its predecessor left behind and look free of charge.
+  system first, and what our kernels keep; otherwise a call could live in pages that its predecessor left behind and look
+  free of charge.
 - Elsewhere: not measured, None. (``ru_maxrss`` cannot be reset.)
 """
 
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .. import _backend
 
 __all__ = ["Measured", "compare", "peak_memory"]
 
@@ -100,6 +103,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    if _backend.C is not None:
+        _backend.C.release_workspace()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
