@@ -199,6 +199,32 @@ def test_bandwidth_bound_rules(table: Table) -> None:
         add_rows(table, f"{name}, (64,257,768) fp32", times, "xai_fast", ("share of bandwidth", roof))
 
 
+def test_sixteen_bits(table: Table) -> None:
+    """What 16-bit inputs save, or cost, beside the same numbers in fp32."""
+    batch, heads, tokens, dim = 4, 12, 257, 64
+    attention = normal(batch, heads, tokens, tokens).softmax(-1)
+    query, key, value, relevance = (normal(batch, heads, tokens, dim) for _ in range(4))
+    x, y, r = (normal(16, tokens, 768) for _ in range(3))
+    cases: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = {
+        "av_relevance, (4,12,257,257) x 64": (xf.ops.av_relevance, chains.unfused_av, (attention, value, relevance)),
+        "attention_relevance, (4,12,257,64)": (
+            xf.ops.attention_relevance,
+            chains.unfused_attention,
+            (query, key, value, relevance),
+        ),
+        "skip_relevance, (16,257,768)": (xf.ops.skip_relevance, chains.unfused_skip, (x, y, r)),
+        "softmax_relevance, (16,257,768)": (xf.ops.softmax_relevance, chains.unfused_softmax, (x, y.softmax(-1), r)),
+    }
+    for name, (ours, by_hand, inputs) in cases.items():
+        peers: Peers = {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            arguments = [t.to(dtype) for t in inputs]
+            kind = str(dtype).removeprefix("torch.")
+            peers[f"xai_fast, {kind}"] = functools.partial(ours, *arguments)
+            peers[f"unfused torch, {kind}"] = functools.partial(by_hand, *arguments)
+        add_rows(table, name, alternate(peers), "xai_fast, float32")
+
+
 def _allocating(reads: int, writes: int, like: Tensor) -> Callable[[], object]:
     """The least that an op of new results moves: `writes` clones, and the sums of the other inputs."""
     sources = [like.clone() for _ in range(reads)]

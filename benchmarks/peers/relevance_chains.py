@@ -9,7 +9,7 @@ __all__ = ["chefer_step", "unfused_attention", "unfused_av", "unfused_layer_norm
 
 
 def stabilize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return x + eps * torch.where(x < 0, -1.0, 1.0)
+    return x + eps * torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
 
 def unfused_av(attention: Tensor, value: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,9 @@
 #include "simd.h"
 
+#ifdef XAI_X86_BODIES
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -22,16 +26,24 @@ static bool may_use_tiles() {
 }
 #endif
 
+#ifdef XAI_X86_BODIES
+// Conversions of 16-bit floats, by their bit: not every compiler's __builtin_cpu_supports knows their name.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
 static Capability supported() {
 #ifdef XAI_X86_BODIES
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = has_f16c() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef XAI_AMX_BODIES
   if (avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
     return Capability::amx;
 #endif
   if (avx512) return Capability::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return Capability::avx2;
 #endif
   return Capability::base;
 }

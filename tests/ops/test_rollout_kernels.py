@@ -56,6 +56,18 @@ def test_given_attention(
         check_fused(implementation, attention, fusion, residual, normalize)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number(implementation: Implementation, dtype: torch.dtype) -> None:
+    """Read exactly, and written rounded to nearest, ties (the mean of neighbours) to even."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for fusion, partner in (("mean", numbers.roll(1)), ("sum", numbers.roll(1)), ("mean", numbers.roll(-(2**13) - 77))):
+        pairs = torch.stack([numbers, partner]).view(1, 2, 256, 256)
+        wide, narrow = (implementation("fuse_heads", pairs, fusion, 0.0, False, wide) for wide in (True, False))
+        exact = pairs.float().sum(1) * (0.5 if fusion == "mean" else 1.0)
+        torch.testing.assert_close(wide, exact, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(narrow, exact.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_attention(implementation: Implementation, dtype: torch.dtype) -> None:
     """Slices, gaps between rows, swapped batch and head, broadcast batch, transposed keys, every alignment."""
