@@ -159,6 +159,12 @@ def test_nan_names_the_layer(layer: int, place: tuple[int, ...]) -> None:
     assert xf.attention_rollout(attentions, check_nan=False, token=None).isnan().any()
 
 
+def test_infinity_is_not_called_nan() -> None:
+    result = xf.attention_rollout([torch.full((1, 1, 3, 3), 0.25)] * 2, residual=1e30, normalize=False)
+    assert result[0, 0] == math.inf
+    assert result[0, 1].isfinite()
+
+
 GOOD = random_attentions(3, 2, 3, 6)
 BAD = [
     ([], {}, ValueError, "attentions: expected at least one layer, got none"),
